@@ -1,0 +1,121 @@
+"""The engine's settings: one frozen record, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from engine.errors import InvalidConfig
+
+Device = Literal["auto", "cpu"]
+PrecisionSetting = Literal["auto", "fp32", "int8"]
+
+_LIMITS: dict[str, tuple[float, float]] = {
+    "max_batch_size": (1, 1024),
+    "max_waiting": (0, 100_000),
+    "kv_cache_mib": (1, 1 << 20),
+    "prefill_chunk": (16, 8192),
+    "max_image_megapixels": (0.001, 10_000),
+    "max_images": (1, 10_000),
+    "answer_cache_mib": (1, 1 << 20),
+    "feature_cache_mib": (1, 1 << 20),
+    "cache_expiry_hours": (0.001, 24 * 3650),
+    "request_timeout_s": (0.1, 86_400),
+    "threads": (0, 1024),
+    "preprocess_workers": (1, 64),
+}
+
+
+def default_storage() -> Path:
+    """Where weights and caches live unless the form names a folder: outside the plugin's own, so upgrades keep it."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "tessera"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Raises InvalidConfig on construction, naming the setting, its value and the allowed range."""
+
+    storage: Path = dataclasses.field(default_factory=default_storage)
+    device: Device = "auto"
+    precision: PrecisionSetting = "auto"
+    max_batch_size: int = 32  # sequences that decode together
+    max_waiting: int = 256  # requests accepted beyond those
+    kv_cache_mib: int = 1024
+    prefill_chunk: int = 256  # tokens
+    max_image_megapixels: float = 50.0
+    max_images: int = 64  # per request
+    cache_enabled: bool = True
+    answer_cache_mib: int = 256
+    feature_cache_mib: int = 1024
+    cache_expiry_hours: float = 24 * 7
+    request_timeout_s: float = 540.0  # below the 600 s at which Dify gives up
+    threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one per core
+    preprocess_workers: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.storage, Path) or not self.storage.is_absolute():
+            raise InvalidConfig(f"storage is {str(self.storage)!r}; give an absolute path of a folder")
+        _require_choice("device", self.device, get_args(Device))
+        _require_choice("precision", self.precision, get_args(PrecisionSetting))
+        if not isinstance(self.cache_enabled, bool):
+            raise InvalidConfig(f"cache_enabled is {self.cache_enabled!r}; it must be true or false")
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InvalidConfig(f"{name} is {value!r}; it must be a number")
+            if not low <= value <= high:
+                raise InvalidConfig(f"{name} is {value}; it must be between {low} and {high}")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """Build from a form's or a command line's values (text is parsed; missing or empty means the default).
+
+        Raises InvalidConfig for an unknown name or a value that does not parse.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name not in fields:
+                raise InvalidConfig(f"unknown setting {name!r}; known settings: {', '.join(sorted(fields))}")
+            if value is None or value == "":
+                continue
+            values[name] = _parse(name, str(fields[name].type), value)
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, `from_mapping`'s inverse."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidConfig(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _parse(name: str, kind: str, value: Any) -> Any:
+    if kind == "Path":
+        return Path(str(value)).expanduser()
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        if kind == "int":
+            return int(text)
+        if kind == "float":
+            return float(text)
+    except ValueError:
+        raise InvalidConfig(f"{name} is {value!r}; it must be a number") from None
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise InvalidConfig(f"{name} is {value!r}; it must be true or false")
+        return text.lower() == "true"
+    return text

@@ -1,0 +1,107 @@
+"""Everything the engine refuses or fails with.
+
+    EngineError
+    ├── InvalidRequest            the caller must change the request
+    │   ├── InvalidImage
+    │   ├── InvalidParameter
+    │   └── ContextOverflow
+    ├── InvalidConfig             the operator must change a setting
+    ├── Overloaded                try again later
+    │   ├── QueueFull
+    │   └── DeadlineExceeded
+    ├── ModelUnavailable          this model cannot run here
+    │   ├── UnknownModel
+    │   ├── CheckpointError
+    │   └── ArtifactError
+    ├── StorageError              disk full, read-only or missing storage folder
+    ├── Cancelled                 the caller closed its stream
+    └── EngineStopped             the engine's process ended or is shutting down
+
+A message says what is wrong and what to change. `code` (the class name) crosses process borders; `error_from_code`
+turns it back into the class.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of all errors the engine reports to a caller."""
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+
+class InvalidRequest(EngineError):
+    """The request cannot be served as it is."""
+
+
+class InvalidImage(InvalidRequest):
+    """An image is not decodable, is truncated, or is over a limit."""
+
+
+class InvalidParameter(InvalidRequest):
+    """A sampling parameter has a wrong type or is out of range."""
+
+
+class ContextOverflow(InvalidRequest):
+    """Prompt and requested output do not fit the model's context."""
+
+
+class InvalidConfig(EngineError):
+    """A setting of the engine has a wrong type or is out of range."""
+
+
+class Overloaded(EngineError):
+    """The engine cannot take the request now."""
+
+
+class QueueFull(Overloaded):
+    """As many requests as allowed are waiting already."""
+
+
+class DeadlineExceeded(Overloaded):
+    """The request did not finish within its time limit."""
+
+
+class ModelUnavailable(EngineError):
+    """The model cannot be run."""
+
+
+class UnknownModel(ModelUnavailable):
+    """No model of that name is known or present."""
+
+
+class CheckpointError(ModelUnavailable):
+    """A checkpoint folder lacks a file, or a file in it is malformed."""
+
+
+class ArtifactError(ModelUnavailable):
+    """A converted artifact is missing, incomplete or fails verification."""
+
+
+class StorageError(EngineError):
+    """The storage folder cannot be written or has no space left."""
+
+
+class Cancelled(EngineError):
+    """The caller closed the stream before it ended."""
+
+
+class EngineStopped(EngineError):
+    """The engine ended while the request was open."""
+
+
+def _tree(root: type[EngineError]) -> dict[str, type[EngineError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+_BY_CODE = _tree(EngineError)
+
+
+def error_from_code(code: str, message: str) -> EngineError:
+    """Rebuild an error that crossed a process border; an unknown code becomes a plain EngineError."""
+    return _BY_CODE.get(code, EngineError)(message)

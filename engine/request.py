@@ -1,0 +1,173 @@
+"""What a caller asks of the engine and what comes back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import InvalidParameter, InvalidRequest
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+MAX_STOP_WORDS = 16
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An encoded image file (JPEG, PNG, ...), not pixels."""
+
+    data: bytes = field(repr=False)
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    parts: tuple[Part, ...]
+
+
+def _require_number(name: str, value: object, low: float, high: float, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidParameter(f"{name} must be a number, not {value!r}")
+    if not low <= value <= high:
+        raise InvalidParameter(f"{name} is {value}; it must be {hint}")
+
+
+def _require_integer(name: str, value: object, low: int, high: int, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidParameter(f"{name} must be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise InvalidParameter(f"{name} is {value}; it must be {hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when a sequence ends. Raises InvalidParameter on construction.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filter off. The penalties follow the
+    common definitions: repetition (Keskar et al. 2019) divides or multiplies the logits of every token seen in prompt
+    or output; presence and frequency (OpenAI) subtract from the logits of tokens in the output.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require_number("temperature", self.temperature, 0.0, 100.0, "between 0 and 100")
+        _require_number("top_p", self.top_p, 0.0, 1.0, "above 0 and at most 1")
+        if self.top_p == 0.0:
+            raise InvalidParameter("top_p is 0; it must be above 0 and at most 1 (use top_k 1 or temperature 0)")
+        _require_integer("top_k", self.top_k, 0, 2**31 - 1, "0 (off) or more")
+        _require_number("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
+        _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "between 0.01 and 100 (1 is off)")
+        _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2")
+        _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2")
+        if self.seed is not None:
+            _require_integer("seed", self.seed, 0, MAX_SEED, f"between 0 and {MAX_SEED}")
+        _require_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "1 or more")
+        if len(self.stop) > MAX_STOP_WORDS:
+            raise InvalidParameter(f"{len(self.stop)} stop words; at most {MAX_STOP_WORDS} are allowed")
+        if any(not isinstance(word, str) or not word for word in self.stop):
+            raise InvalidParameter("every stop word must be a text of at least one character")
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidParameter(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def is_deterministic(self) -> bool:
+        """The same request gives the same answer, so the answer may be cached."""
+        return self.is_greedy or self.seed is not None
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion. `timeout_s` None means the engine's own limit."""
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: SamplingParams = SamplingParams()
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise InvalidRequest("the prompt is empty; send at least one message")
+        for message in self.messages:
+            if message.role not in ROLES:
+                raise InvalidRequest(f"unknown message role {message.role!r}; use one of {', '.join(ROLES)}")
+        if not any(_has_content(part) for message in self.messages for part in message.parts):
+            raise InvalidRequest("the prompt is empty; write a question or add an image")
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images in reading order."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+
+
+def _has_content(part: Part) -> bool:
+    return bool(part.text.strip()) if isinstance(part, Text) else True
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `prompt_tokens` includes `image_tokens`; `reused_tokens` of them came from the prefix index."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int = 0
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds from the moment the engine accepted the request."""
+
+    prepared_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Text of one or more new tokens; `text` may be empty while a character or stop word is incomplete."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a stream that did not fail."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    from_cache: bool = False
+
+
+Event = Chunk | Finished

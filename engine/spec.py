@@ -1,0 +1,101 @@
+"""What a model is, in numbers: read from a checkpoint's configuration, used by graphs, prompts and runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["fp32", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding. `mrope_section` holds pairs per axis (temporal, height, width); empty for plain rotary.
+
+    `inv_freq` (head_dim / 2 values) already includes the checkpoint's scaling rule (llama3, linear, ...), and
+    `attention_scale` multiplies cosine and sine.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scale: float = 1.0
+    mrope_section: tuple[int, ...] = ()
+
+    @property
+    def axes(self) -> int:
+        return len(self.mrope_section) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    norm_eps: float
+    rope: RopeSpec
+    context_length: int  # tokens, prompt and output together
+    qkv_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    tied_head: bool
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """fp32 keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 4
+
+
+@dataclass(frozen=True, slots=True)
+class SiglipSpec:
+    """Idefics3's tower and connector: square tiles, learned positions, pixel shuffle, one projection."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    norm_eps: float
+    activation: str
+    tile: int  # pixels, side of a tile
+    patch: int  # pixels
+    shuffle: int  # pixel shuffle factor
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.tile // self.patch) ** 2 // self.shuffle**2
+
+
+@dataclass(frozen=True, slots=True)
+class QwenVisionSpec:
+    """Qwen2-VL's tower and merger: any resolution, two-dimensional rotary positions, 2x2 patches merged."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    norm_eps: float
+    activation: str
+    patch: int  # pixels
+    temporal_patch: int  # frames
+    merge: int  # patches per side that become one token
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Special tokens. `eos` ends a sequence (any of them); image tokens are None for text-only models."""
+
+    eos: tuple[int, ...]
+    pad: int
+    image: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One checkpoint. `family` names the file in engine/families that knows its layout."""
+
+    family: str
+    decoder: DecoderSpec
+    tokens: TokenIds
+    vision: SiglipSpec | QwenVisionSpec | None = None

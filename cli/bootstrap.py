@@ -45,7 +45,7 @@ class InstallationFailed(Exception):
 
 def ensure_environment(*, development: bool) -> None:
     """Create .venv and install the pinned requirements unless the stamps say that it was done already."""
-    layers = [("runtime", RUNTIME, [])]
+    layers: list[tuple[str, tuple[str, ...], list[str]]] = [("runtime", RUNTIME, [])]
     if development:
         layers += [("development", DEVELOPMENT, []), ("data", DATA, ["--no-deps"])]
     if all(_is_installed(name, files) for name, files, _ in layers):

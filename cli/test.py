@@ -1,4 +1,4 @@
-"""./tessera test: ruff, mypy and pytest, in that order of cost; all run, and the first failure decides the exit code."""
+"""./tessera test: ruff, mypy and pytest, in that order of cost; all run, the first failure decides the exit code."""
 
 from __future__ import annotations
 

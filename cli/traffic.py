@@ -1,0 +1,75 @@
+"""Generated requests for measuring: every image and question is new, unless a share of repeats is asked for."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+WORDS = (
+    "what",
+    "where",
+    "which",
+    "shape",
+    "colour",
+    "word",
+    "is",
+    "there",
+    "any",
+    "in",
+    "the",
+    "image",
+    "blue",
+    "many",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficRequest:
+    """One user's turn: a JPEG of its own and a question."""
+
+    image: bytes
+    question: str
+
+    def messages(self) -> list[dict[str, object]]:
+        """In the form in which Dify sends prompt messages."""
+        data = base64.b64encode(self.image).decode()
+        image = {"type": "image", "format": "jpeg", "mime_type": "image/jpeg", "base64_data": data}
+        return [{"role": "user", "content": [image, {"type": "text", "data": self.question}]}]
+
+
+def traffic(
+    count: int, *, repeats: float = 0.0, size: tuple[int, int] = (320, 240), seed: int = 0
+) -> list[TrafficRequest]:
+    """`count` requests of which exactly round(count * repeats) are copies of earlier ones, spread over the second half.
+
+    The same arguments give the same requests, so that runs can be compared.
+    """
+    random_source = random.Random(seed)
+    copies = round(count * repeats)
+    requests = [_request(random_source, size) for _ in range(count - copies)]
+    for _ in range(copies):
+        original = random_source.randrange(len(requests) // 2)
+        requests.insert(random_source.randrange(len(requests) // 2, len(requests) + 1), requests[original])
+    return requests
+
+
+def _request(random_source: random.Random, size: Size) -> TrafficRequest:
+    picture = Image.new("RGB", size, _colour(random_source))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(random_source.randint(2, 6)):
+        left, top = random_source.randrange(size[0] - 8), random_source.randrange(size[1] - 8)
+        right, bottom = random_source.randrange(left + 4, size[0]), random_source.randrange(top + 4, size[1])
+        shape = random_source.choice([draw.rectangle, draw.ellipse])
+        shape((left, top, right, bottom), fill=_colour(random_source))
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=85)
+    question = " ".join(random_source.choices(WORDS, k=6)) + "?"
+    return TrafficRequest(encoded.getvalue(), question)
+
+
+def _colour(random_source: random.Random) -> tuple[int, int, int]:
+    return (random_source.randrange(256), random_source.randrange(256), random_source.randrange(256))

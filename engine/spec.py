@@ -49,6 +49,15 @@ class DecoderSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PixelNorm:
+    """uint8 pixels become (pixel * rescale - mean) / std, one mean and deviation per colour channel."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale: float = 1 / 255
+
+
+@dataclass(frozen=True, slots=True)
 class SiglipSpec:
     """Idefics3's tower and connector: square tiles, learned positions, pixel shuffle, one projection."""
 
@@ -61,6 +70,7 @@ class SiglipSpec:
     tile: int  # pixels, side of a tile
     patch: int  # pixels
     shuffle: int  # pixel shuffle factor
+    norm: PixelNorm = PixelNorm()
 
     @property
     def tokens_per_tile(self) -> int:
@@ -80,6 +90,7 @@ class QwenVisionSpec:
     patch: int  # pixels
     temporal_patch: int  # frames
     merge: int  # patches per side that become one token
+    norm: PixelNorm = PixelNorm()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,24 @@
+"""One file per architecture; `family_for` finds the one that reads a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.families import llama, qwen2, qwen2_vl, smolvlm
+from engine.families.family import CheckpointConfig, Family, Weight
+
+__all__ = ["FAMILIES", "CheckpointConfig", "Family", "Weight", "family_for"]
+
+FAMILIES: tuple[Family, ...] = (smolvlm.FAMILY, qwen2_vl.FAMILY, llama.FAMILY, qwen2.FAMILY)
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family that reads a `config.json`. Raises CheckpointError, naming what is supported."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise CheckpointError(f"config.json has model_type {model_type!r}; this engine runs {known}")

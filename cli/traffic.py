@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+Size = tuple[int, int]  # pixels, width and height
 WORDS = (
     "what",
     "where",
@@ -41,9 +42,7 @@ class TrafficRequest:
         return [{"role": "user", "content": [image, {"type": "text", "data": self.question}]}]
 
 
-def traffic(
-    count: int, *, repeats: float = 0.0, size: tuple[int, int] = (320, 240), seed: int = 0
-) -> list[TrafficRequest]:
+def traffic(count: int, *, repeats: float = 0.0, size: Size = (320, 240), seed: int = 0) -> list[TrafficRequest]:
     """`count` requests of which exactly round(count * repeats) are copies of earlier ones, spread over the second half.
 
     The same arguments give the same requests, so that runs can be compared.

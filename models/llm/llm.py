@@ -1,0 +1,130 @@
+"""Dify's LLM calls to the engine's. Stateless: Dify makes a new instance for every request."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from typing import Any
+
+from dify_plugin import LargeLanguageModel
+from dify_plugin.entities.model.llm import LLMResult, LLMResultChunk, LLMResultChunkDelta
+from dify_plugin.entities.model.message import AssistantPromptMessage, PromptMessage, PromptMessageTool
+from dify_plugin.errors.model import CredentialsValidateFailedError, InvokeBadRequestError, InvokeError
+
+from engine.client import shared_client
+from engine.errors import EngineError, EngineStopped, InvalidRequest
+from engine.request import Chunk, Event, Finished
+from models._errors import ERROR_MAPPING, as_invoke_error
+from models._settings import engine_config
+from models.llm.prompt import engine_messages, engine_request
+
+# `system_fingerprint` of the last chunk: where the answer came from.
+FROM_ENGINE = "tessera/engine"
+FROM_CACHE = "tessera/answer-cache"
+
+
+class TesseraLargeLanguageModel(LargeLanguageModel):
+    def _invoke(
+        self,
+        model: str,
+        credentials: dict[str, Any],
+        prompt_messages: list[PromptMessage],
+        model_parameters: dict[str, Any],
+        tools: list[PromptMessageTool] | None = None,
+        stop: list[str] | None = None,
+        stream: bool = True,
+        user: str | None = None,  # noqa: ARG002 - the SDK's signature
+    ) -> LLMResult | Generator[LLMResultChunk, None, None]:
+        if tools:
+            raise InvalidRequest(f"{model} calls no tools; choose an agent strategy that works without tool calls")
+        request = engine_request(model, prompt_messages, model_parameters, stop)
+        events = shared_client(engine_config(credentials)).stream(request)
+        chunks = self._chunks(model, credentials, events)
+        return chunks if stream else _joined(model, chunks)
+
+    def _chunks(
+        self, model: str, credentials: dict[str, Any], events: Generator[Event, None, None]
+    ) -> Generator[LLMResultChunk, None, None]:
+        """Closing this generator closes the engine's stream, which cancels the request."""
+        index = 0
+        with closing(events):
+            try:
+                for event in events:
+                    if isinstance(event, Finished):
+                        yield self._last_chunk(model, credentials, index, event)
+                        return
+                    if event.text:
+                        yield _text_chunk(model, index, event)
+                        index += 1
+            except EngineError as error:
+                raise as_invoke_error(error) from error
+        raise as_invoke_error(EngineStopped("the engine ended the answer without finishing it; try again"))
+
+    def _last_chunk(self, model: str, credentials: dict[str, Any], index: int, event: Finished) -> LLMResultChunk:
+        usage = self._calc_response_usage(model, credentials, event.usage.prompt_tokens, event.usage.completion_tokens)
+        delta = LLMResultChunkDelta(
+            index=index, message=AssistantPromptMessage(content=""), usage=usage, finish_reason=event.reason
+        )
+        fingerprint = FROM_CACHE if event.from_cache else FROM_ENGINE
+        return LLMResultChunk(model=model, system_fingerprint=fingerprint, delta=delta)
+
+    def get_num_tokens(
+        self,
+        model: str,
+        credentials: dict[str, Any],
+        prompt_messages: list[PromptMessage],
+        tools: list[PromptMessageTool] | None = None,  # noqa: ARG002 - the SDK's signature
+    ) -> int:
+        """Tokens of the prompt as the model sees it, images included."""
+        try:
+            messages = engine_messages(prompt_messages)
+            return shared_client(engine_config(credentials)).count_tokens(model, messages) if messages else 0
+        except EngineError as error:
+            raise as_invoke_error(error) from error
+
+    def validate_credentials(self, model: str, credentials: Mapping[str, Any]) -> None:  # noqa: ARG002 - see above
+        """Raises CredentialsValidateFailedError; the storage folder is the provider's to check."""
+        try:
+            engine_config(credentials)
+        except EngineError as error:
+            raise CredentialsValidateFailedError(str(error)) from error
+
+    def _validate_and_filter_model_parameters(
+        self, model: str, model_parameters: dict[str, Any], credentials: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The SDK's check: declared names only, with their ranges.
+
+        Its ValueError would reach the user as a crash of the plugin.
+        """
+        try:
+            checked: dict[str, Any] = super()._validate_and_filter_model_parameters(
+                model, model_parameters, credentials
+            )
+        except ValueError as error:
+            raise InvokeBadRequestError(str(error)) from error
+        return checked
+
+    @property
+    def _invoke_error_mapping(self) -> dict[type[InvokeError], list[type[Exception]]]:
+        return ERROR_MAPPING
+
+    def _transform_invoke_error(self, error: Exception) -> InvokeError:
+        return as_invoke_error(error)
+
+
+def _text_chunk(model: str, index: int, chunk: Chunk) -> LLMResultChunk:
+    delta = LLMResultChunkDelta(index=index, message=AssistantPromptMessage(content=chunk.text))
+    return LLMResultChunk(model=model, delta=delta)
+
+
+def _joined(model: str, chunks: Generator[LLMResultChunk, None, None]) -> LLMResult:
+    """All chunks as one result."""
+    *texts, last = chunks
+    answer = "".join(str(chunk.delta.message.content) for chunk in texts)
+    assert last.delta.usage is not None
+    return LLMResult(
+        model=model,
+        message=AssistantPromptMessage(content=answer),
+        usage=last.delta.usage,
+        system_fingerprint=last.system_fingerprint,
+    )

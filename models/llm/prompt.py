@@ -1,0 +1,103 @@
+"""Dify's prompt messages as an engine request."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from dify_plugin.entities.model.message import (
+    AssistantPromptMessage,
+    ImagePromptMessageContent,
+    PromptMessage,
+    PromptMessageContent,
+    PromptMessageRole,
+    TextPromptMessageContent,
+)
+
+from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
+from engine.request import Image, Message, Part, Request, Role, SamplingParams, Text
+
+# A tool's result is something that the assistant is told, so it speaks with the user's voice.
+ROLES: dict[PromptMessageRole, Role] = {
+    PromptMessageRole.SYSTEM: "system",
+    PromptMessageRole.DEVELOPER: "system",
+    PromptMessageRole.USER: "user",
+    PromptMessageRole.TOOL: "user",
+    PromptMessageRole.ASSISTANT: "assistant",
+}
+PARAMETERS = {field.name for field in fields(SamplingParams)} - {"stop"}
+
+
+def engine_request(
+    model: str,
+    prompt_messages: Sequence[PromptMessage],
+    parameters: Mapping[str, Any],
+    stop: Sequence[str] | None = None,
+) -> Request:
+    """Raises InvalidRequest, InvalidImage or InvalidParameter with a sentence for the user."""
+    return Request(model, engine_messages(prompt_messages), sampling_params(parameters, stop))
+
+
+def sampling_params(parameters: Mapping[str, Any], stop: Sequence[str] | None = None) -> SamplingParams:
+    """Dify's names are the engine's. Raises InvalidParameter for an unknown name, a wrong type or range."""
+    if unknown := sorted(parameters.keys() - PARAMETERS):
+        raise InvalidParameter(f"unknown parameter {unknown[0]!r}; known: {', '.join(sorted(PARAMETERS))}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return SamplingParams(**given, stop=tuple(stop or ()))
+
+
+def engine_messages(prompt_messages: Sequence[PromptMessage]) -> tuple[Message, ...]:
+    """Messages without content (Dify sends an empty system prompt where none was written) are left out."""
+    messages = (Message(ROLES[message.role], _parts(message)) for message in prompt_messages)
+    return tuple(message for message in messages if message.parts)
+
+
+def _parts(message: PromptMessage) -> tuple[Part, ...]:
+    if isinstance(message, AssistantPromptMessage) and message.tool_calls:
+        raise InvalidRequest(
+            "the conversation contains tool calls; this model calls no tools: remove them from its agent"
+        )
+    if message.content is None or isinstance(message.content, str):
+        return (Text(message.content),) if message.content else ()
+    return tuple(_content_parts(message.content))
+
+
+def _content_parts(contents: Iterable[PromptMessageContent]) -> Iterable[Part]:
+    for content in contents:
+        match content:
+            case TextPromptMessageContent(data=text):
+                if text:
+                    yield Text(text)
+            case ImagePromptMessageContent():
+                yield Image(_image_bytes(content))
+            case _:
+                kind = str(getattr(content, "type", type(content).__name__))
+                raise InvalidRequest(f"this model reads text and images; it cannot read {kind} files: remove them")
+
+
+def _image_bytes(content: ImagePromptMessageContent) -> bytes:
+    """Accepts what Dify sends (base64 beside a MIME type) and data URIs in either field."""
+    source = content.base64_data or content.url
+    if source.startswith("data:"):
+        source = source.partition(",")[2]
+    elif not content.base64_data and source:
+        raise InvalidImage(
+            "images by URL are not fetched; set MULTIMODAL_SEND_FORMAT=base64 in Dify's environment (its default)"
+        )
+    if not source:
+        raise InvalidImage(f"the image {content.filename!r} is empty" if content.filename else "an image is empty")
+    return _decode_base64(source)
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:  # some senders break lines or leave out the padding
+        compact = "".join(text.split()).rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except ValueError as problem:
+        raise InvalidImage(f"an image is not valid base64 ({problem}); send the file's bytes as base64") from None

@@ -2,21 +2,190 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes  # noqa: F401 - importing it gives numpy the bfloat16 that safetensors asks for
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import CheckpointError
+from engine.families import CheckpointConfig, Family, Weight, family_for
+from engine.families.family import Source
 from engine.spec import ModelSpec
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+# Files up to this size name themselves by content, so that a copy is the same checkpoint; larger ones by name, size,
+# modification time and header, because reading gigabytes to learn a name is too slow.
+_HASH_WHOLE_BYTES = 64 * 2**20
+_BLOCK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor is: its file and the name it has there."""
+
+    file: Path
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose files are present and well-formed."""
+    """A folder whose files are present and whose tensors have the shapes that the configuration says."""
 
     folder: Path
+    family: Family
     spec: ModelSpec
-    digest: str  # hex; names the content cheaply: file names, sizes, modification times and header hashes
+    digest: str  # hex; JSON files by content, weights as _HASH_WHOLE_BYTES says
+    tensors: Mapping[str, Stored]  # by Source.name
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Raises CheckpointError naming the missing or malformed file or tensor."""
-        raise NotImplementedError
+        """Reads JSON files and headers, not weights.
+
+        Raises CheckpointError naming the missing or malformed file, or the missing or misshapen tensor.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; give the folder that holds a model's config.json")
+        config = read_config(folder)
+        family = family_for(config.model)
+        spec = family.spec(config)
+        shapes: dict[str, tuple[int, ...]] = {}
+        tensors: dict[str, Stored] = {}
+        files = _weight_files(folder)
+        for file in files:
+            for name, shape in _header(file).items():
+                source = family.source_name(name)
+                tensors[source], shapes[source] = Stored(file, name), shape
+        for weight in family.weights(spec):
+            _check_shapes(weight, shapes, folder)
+        return cls(folder, family, spec, _digest(config, files), tensors)
+
+    def weights(self) -> tuple[Weight, ...]:
+        return self.family.weights(self.spec)
+
+    def blocks(self, weight: Weight) -> Iterator[NDArray[np.float32]]:
+        """The weight in blocks of whole rows, fp32, each at most a few tens of MiB (a row of any size is one block).
+
+        Raises CheckpointError for a file that became unreadable.
+        """
+        columns = weight.shape[1:]
+        for source in weight.sources:
+            stored = self.tensors[source.name]
+            step = max(1, _BLOCK_BYTES * source.shape[0] // (4 * int(np.prod(source.shape))))
+            try:
+                with safe_open(stored.file, framework="np") as file:
+                    view = file.get_slice(stored.name)
+                    for start in range(0, source.shape[0], step):
+                        block = np.asarray(view[start : min(start + step, source.shape[0])])
+                        yield block.astype(np.float32).reshape(len(block), *columns)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{stored.file} cannot be read: {error}; download it again") from error
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The JSON files of a checkpoint. Raises CheckpointError; only config.json must be there."""
+    preprocessor = _json(folder / "preprocessor_config.json", required=False)
+    if not preprocessor:
+        # transformers 5 nests the image processor in the processor's file.
+        preprocessor = _json(folder / "processor_config.json", required=False).get("image_processor") or {}
+    return CheckpointConfig(
+        model=_json(folder / "config.json", required=True),
+        generation=_json(folder / "generation_config.json", required=False),
+        preprocessor=preprocessor,
+    )
+
+
+def _json(file: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if required:
+            raise CheckpointError(f"{file} is missing; download the checkpoint again") from None
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} must hold a JSON object; download it again")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        weight_map = _json(folder / INDEX, required=True).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{folder / INDEX} names a file outside the checkpoint's folder; download it again")
+    else:
+        names = [WEIGHTS]
+    files = [folder / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; download the checkpoint again (only safetensors files are read)")
+    return files
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor; safe_open also checks that the file is as long as its header says."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+            dtypes = {name: view.get_dtype() for name, view in views.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or malformed ({error}); download it again") from error
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
+    return shapes
+
+
+def _check_shapes(weight: Weight, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    for source in weight.sources:
+        found = shapes.get(source.name)
+        if found is None:
+            raise CheckpointError(
+                f"{folder} has no tensor {source.name} ({_shape(source)}); the checkpoint is incomplete"
+            )
+        if found != source.shape:
+            raise CheckpointError(
+                f"{folder}: tensor {source.name} is {list(found)}, but config.json asks for {_shape(source)};"
+                " the two do not belong together"
+            )
+
+
+def _shape(source: Source) -> str:
+    return str(list(source.shape))
+
+
+def _digest(config: CheckpointConfig, files: list[Path]) -> str:
+    digest = xxhash.xxh3_128()
+    for values in (config.model, config.generation, config.preprocessor):
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(_file_digest(file))
+    return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> bytes:
+    try:
+        status = file.stat()
+        with file.open("rb") as stream:
+            if status.st_size <= _HASH_WHOLE_BYTES:
+                return xxhash.xxh3_128_digest(stream.read())
+            header = stream.read(8 + int.from_bytes(stream.read(8), "little"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    return xxhash.xxh3_128_digest(header + f"{status.st_size} {status.st_mtime_ns}".encode())

@@ -1,14 +1,162 @@
-"""From a checkpoint to an artifact."""
+"""From a checkpoint to an artifact: streamed, atomic, once for all processes."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from engine.checkpoints.artifact import Artifact
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from engine.checkpoints.artifact import FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, TensorEntry, write_manifest
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.quantise import quantise_rows
+from engine.errors import ArtifactError, CheckpointError
+from engine.families import Weight
 from engine.spec import Precision
+from engine.storage import storage_error
+
+ALIGNMENT = 64  # bytes: a cache line, and more than any kernel asks for
+_PARTIAL, _LOCK = ".partial", ".lock"
 
 
 def open_artifact(checkpoint: Checkpoint, precision: Precision, storage: Path) -> Artifact:
-    """The artifact of this checkpoint and precision, converting it first unless a good one is in `storage`."""
-    raise NotImplementedError
+    """The artifact of this checkpoint and precision, converted first unless a good one is in `storage`.
+
+    A damaged artifact is removed and converted again. A second process waits for the first one's conversion instead
+    of repeating it. Raises StorageError when the folder cannot be written, CheckpointError when a file of the
+    checkpoint cannot be read.
+    """
+    folder = storage / "artifacts" / f"{checkpoint.digest[:24]}-{precision}-v{FORMAT_VERSION}"
+    digest = xxhash.xxh3_128_hexdigest(f"{checkpoint.digest} {precision} {FORMAT_VERSION}".encode())
+    with contextlib.suppress(ArtifactError):
+        return Artifact.load(folder, digest, checkpoint.spec, precision)
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(folder):
+            with contextlib.suppress(ArtifactError):  # another process converted it while this one waited
+                return Artifact.load(folder, digest, checkpoint.spec, precision)
+            _convert(checkpoint, precision, folder, digest)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return Artifact.load(folder, digest, checkpoint.spec, precision)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the artifact's lock file; the system releases it when a process dies, however it dies."""
+    with folder.with_name(f"{folder.name}{_LOCK}").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _convert(checkpoint: Checkpoint, precision: Precision, folder: Path, digest: str) -> None:
+    """Write under a temporary name, flush, rename. The caller holds the lock, so this name's leftovers are dead."""
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}")
+    _sweep(folder.parent)
+    for leftover in (partial, folder):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir(mode=0o700)
+    try:
+        entries = _write_weights(checkpoint, precision, partial / WEIGHTS)
+        write_manifest(partial / MANIFEST, digest, checkpoint.spec, precision, entries)
+        for path in (partial / MANIFEST, partial):
+            _flush(path)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sweep(artifacts: Path) -> None:
+    """Remove what killed conversions of other artifacts left; a lock that can be taken has no living owner."""
+    for partial in artifacts.glob(f"*{_PARTIAL}"):
+        with partial.with_name(partial.name.removesuffix(_PARTIAL) + _LOCK).open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_weights(checkpoint: Checkpoint, precision: Precision, file: Path) -> list[TensorEntry]:
+    weights = checkpoint.weights()
+    entries: list[TensorEntry] = []
+    with file.open("wb") as stream:
+        # Reserving all of it first turns a full disk into an error now instead of minutes later.
+        os.posix_fallocate(stream.fileno(), 0, sum(_size(weight, precision) for weight in weights))
+        for weight in weights:
+            if precision == "int8" and weight.kind != "plain":
+                entries += _write_int8(stream, checkpoint, weight)
+            else:
+                writer = _TensorWriter(stream, weight.name, "float32", weight.shape)
+                for block in checkpoint.blocks(weight):
+                    writer.write(block)
+                entries.append(writer.entry())
+        stream.truncate()
+        stream.flush()
+        os.fsync(stream.fileno())
+    return entries
+
+
+def _size(weight: Weight, precision: Precision) -> int:
+    count = int(np.prod(weight.shape))
+    if precision == "int8" and weight.kind != "plain":
+        return _aligned(count) + _aligned(4 * weight.shape[0])
+    return _aligned(4 * count)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _write_int8(stream: BinaryIO, checkpoint: Checkpoint, weight: Weight) -> list[TensorEntry]:
+    values = _TensorWriter(stream, weight.name, "int8", weight.shape)
+    scales = []
+    for block in checkpoint.blocks(weight):
+        quantised, scale = quantise_rows(block)
+        if not np.isfinite(scale).all():
+            raise CheckpointError(f"{checkpoint.folder}: {weight.sources[0].name} holds values that are not finite")
+        values.write(quantised)
+        scales.append(scale)
+    entry = values.entry()
+    name = weight.name.removesuffix(".weight") + ".scale"
+    writer = _TensorWriter(stream, name, "float32", (weight.shape[0],))
+    writer.write(np.concatenate(scales))
+    return [entry, writer.entry()]
+
+
+class _TensorWriter:
+    """Appends one tensor's blocks at the next aligned offset of a file."""
+
+    def __init__(self, stream: BinaryIO, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self._stream = stream
+        self._name, self._dtype, self._shape = name, dtype, shape
+        self._offset = _aligned(stream.tell())
+        self._checksum = xxhash.xxh3_64()
+        stream.seek(self._offset)
+
+    def write(self, block: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(block)
+        self._checksum.update(data)
+        self._stream.write(data.data)
+
+    def entry(self) -> TensorEntry:
+        nbytes = self._stream.tell() - self._offset
+        return TensorEntry(self._name, self._dtype, self._shape, self._offset, nbytes, self._checksum.hexdigest())

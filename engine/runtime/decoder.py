@@ -9,21 +9,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.checkpoints.artifact import Artifact
-from engine.spec import DecoderSpec
+from engine.graphs.cpu import cpu_decoder
+from engine.runtime.kv_memory import KVMemory
+from engine.runtime.row_binding import RowBinding
+from engine.runtime.session import open_session
+
+Logits = bool | Literal["all"]
+_BINDINGS = 256
 
 
 class Decoder:
     """One ONNX Runtime session and the KV memory of `rows` sequences of up to `context_length` tokens.
 
-    One thread at a time. A row is empty until its first prefill.
+    One thread at a time. A row's logits do not depend, to the bit, on the rows beside it, on how its prompt was cut
+    into chunks, or on whether its KV was computed or put back by `write_kv`; a token computed by `decode` differs in
+    the last bits from the same token computed by `prefill`.
     """
 
-    rows: int
-    context_length: int
-    spec: DecoderSpec
-
     def __init__(self, artifact: Artifact, *, rows: int, context_length: int, threads: int) -> None:
-        raise NotImplementedError
+        self.rows = rows
+        self.context_length = context_length
+        self.spec = artifact.spec.decoder
+        # One place more, which is where a full row that does not decode lets others' calls write.
+        self._memory = KVMemory(self.spec, rows, context_length + 1)
+        self._session = open_session(cpu_decoder(artifact, self._memory.capacity), artifact, threads)
+        self._lengths = np.zeros(rows, np.int32)
+        self._bindings: dict[tuple[int, int], RowBinding] = {}
 
     def prefill(
         self,
@@ -34,14 +45,34 @@ class Decoder:
         features: NDArray[np.float32],
         feature_index: NDArray[np.int64],
         *,
-        logits: bool | Literal["all"],
+        logits: Logits,
     ) -> NDArray[np.float32]:
         """Compute `token_ids` [T] at `positions` [axes, T] and write their KV to [start, start + T) of `row`.
 
         `feature_index` [T] names the row of `features` [F, hidden] that replaces the token's embedding, -1 none.
+        Plain rotary embedding takes a token's place in the row as its position and does not read `positions`.
         Returns logits of the last token [1, vocab], of none [0, vocab], or of all [T, vocab].
+        Raises ValueError for places outside the row.
         """
-        raise NotImplementedError
+        count = len(token_ids)
+        if not (count and start >= 0 and start + count <= self.context_length):
+            raise ValueError(f"places {start} to {start + count} of a row of {self.context_length}")
+        replaced = np.flatnonzero(feature_index >= 0)
+        # The attention of one token alone sums in another order than that of several: a neighbour keeps it the same.
+        # It lands behind the chunk, where the next token will overwrite it.
+        padding = int(count == 1)
+        tokens = np.pad(np.where(feature_index >= 0, 0, token_ids).astype(np.int64), (0, padding))
+        binding = self._binding(row, 1)
+        binding.prefill(
+            tokens,
+            replaced,
+            np.ascontiguousarray(features[feature_index[replaced]], np.float32),
+            np.pad(positions.astype(np.int64), ((0, 0), (0, padding)), mode="edge"),
+            start + len(tokens) - 1,
+        )
+        result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
+        self._lengths[row] = start + count
+        return result if logits else result[:0]
 
     def decode(
         self,
@@ -52,18 +83,43 @@ class Decoder:
     ) -> NDArray[np.float32]:
         """One token [B] for each of `rows`, at `positions` [axes, B], after the `lengths` [B] tokens the row holds.
 
-        Returns logits [B, vocab].
+        One call for the rows from the lowest to the highest: those between that do not decode take part with a token
+        that lands behind their last. Returns logits [B, vocab]. Raises ValueError for a row that is full.
         """
-        raise NotImplementedError
+        if lengths.max() >= self.context_length:
+            raise ValueError(f"a row of {self.context_length} tokens is full")
+        chosen = np.asarray(rows, np.int64)
+        first, count = int(chosen.min()), int(chosen.max() - chosen.min()) + 1
+        places = chosen - first
+        binding = self._binding(first, count)
+        self._lengths[chosen] = lengths
+        binding.decode(places, token_ids, positions, self._lengths[first : first + count])
+        result = binding.logits(places)
+        self._lengths[chosen] += 1
+        return result
 
     def read_kv(self, row: int, start: int, stop: int) -> NDArray[np.float32]:
         """A copy [layers, 2, kv_heads, stop - start, head_dim]."""
-        raise NotImplementedError
+        return self._memory.read(row, start, stop)
 
     def write_kv(self, row: int, start: int, kv: NDArray[np.float32]) -> None:
         """Put back what `read_kv` gave; the row then holds start + kv.shape[3] tokens."""
-        raise NotImplementedError
+        stop = start + kv.shape[3]
+        if stop > self.context_length:
+            raise ValueError(f"places {start} to {stop} of a row of {self.context_length}")
+        self._memory.write(row, start, kv)
+        self._lengths[row] = stop
 
     def release(self, row: int) -> None:
         """Empty the row and give its memory back."""
-        raise NotImplementedError
+        self._memory.release(row)
+        self._lengths[row] = 0
+
+    def _binding(self, first: int, count: int) -> RowBinding:
+        binding = self._bindings.pop((first, count), None)
+        if binding is None:
+            binding = RowBinding(self._session, self.spec, self._memory, first, count)
+            if len(self._bindings) >= _BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
+        self._bindings[first, count] = binding  # last in order of use
+        return binding

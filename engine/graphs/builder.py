@@ -1,0 +1,107 @@
+"""A graph under construction: operators, constants, and weights that stay in the artifact's file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from engine.checkpoints.artifact import Artifact
+
+OPSET = 21
+MICROSOFT = "com.microsoft"
+_IR_VERSION = 10
+
+Attribute = int | float | str | Sequence[int]
+Dimension = int | str
+
+
+class GraphBuilder:
+    """Collects one graph; `serialise` gives the model as bytes, without the weights.
+
+    Weights are external data of the artifact's file: a session that is told the artifact's folder maps them.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._tape = Tape()
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._transposed: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> ir.Value:
+        value = ir.val(name, dtype=ir.DataType.from_numpy(np.dtype(dtype)), shape=shape)
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: type[np.generic]) -> None:
+        value.name = name
+        value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+        self._outputs.append(value)
+
+    def constant(self, value: Any, dtype: type[np.generic]) -> ir.Value:
+        """A small constant, stored once however often it is asked for."""
+        array = np.asarray(value, dtype=dtype)
+        return self._initializer(f"constant.{array.dtype}.{array.tolist()}", ir.tensor(array))
+
+    def table(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """A larger constant that is not part of the artifact."""
+        return self._initializer(name, ir.tensor(array))
+
+    def weight(self, name: str) -> ir.Value:
+        """A tensor of the artifact."""
+        entry = self._artifact.entries[name]
+        tensor = ir.ExternalTensor(
+            location=self._artifact.weights_path.name,
+            offset=entry.offset,
+            length=entry.nbytes,
+            dtype=ir.DataType.from_numpy(np.dtype(entry.dtype)),
+            shape=ir.Shape(entry.shape),
+            name=name,
+            base_dir=str(self._artifact.folder),
+        )
+        return self._initializer(name, tensor)
+
+    def transposed(self, name: str) -> ir.Value:
+        """A matrix of the artifact, [in, out] for one stored as [out, in]."""
+        if name not in self._transposed:
+            self._transposed[name] = self.op("Transpose", self.weight(name), perm=[1, 0])
+        return self._transposed[name]
+
+    def has(self, name: str) -> bool:
+        """Whether the artifact has a tensor of that name."""
+        return name in self._artifact.entries
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        if name not in self._initializers:
+            self._initializers[name] = self._tape.initializer(tensor, name=name)
+        return self._initializers[name]
+
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute) -> ir.Value:
+        """One node with one output."""
+        return self._tape.op(kind, inputs, attributes, domain=domain)
+
+    def ops(
+        self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Attribute
+    ) -> Sequence[ir.Value]:
+        """One node with several outputs."""
+        return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain)
+
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        return self.op("Reshape", value, self.constant(shape, np.int64))
+
+    def serialise(self) -> bytes:
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name="model",
+        )
+        model: bytes = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()
+        return model

@@ -1,0 +1,142 @@
+"""The decoder on the CPU: GroupQueryAttention over KV slabs that the runtime owns."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from engine.checkpoints.artifact import Artifact
+from engine.graphs.builder import MICROSOFT, GraphBuilder
+from engine.graphs.cpu.linear import linears
+from engine.graphs.decoder import decoder_graph
+from engine.spec import RopeSpec
+
+
+class DecoderInputs:
+    """Names in the graph. B sequences of S tokens, T = B * S."""
+
+    IDS = "ids"  # int64 [T]: tokens
+    FEATURE_ROWS = "feature_rows"  # int64 [F, 1]: tokens whose embedding is replaced
+    FEATURE_VALUES = "feature_values"  # float32 [F, hidden]
+    LOGITS_ROWS = "logits_rows"  # int64 [R], R > 0
+    SHAPE = "shape"  # int64 [3]: B, S, -1
+    LAST = "last"  # int32 [B]: place of a sequence's last token, counted from 0
+    LONGEST = "longest"  # int32 []: the most tokens of any sequence
+    POSITIONS = "positions"  # int64 [3, B, S]; only for three-axis rotary embedding
+    LOGITS = "logits"  # float32 [R, vocab]
+
+    @staticmethod
+    def past(part: str, layer: int) -> str:
+        """float32 [B, kv_heads, capacity, head_dim]; `part` is key or value."""
+        return f"past.{part}.{layer}"
+
+    @staticmethod
+    def present(part: str, layer: int) -> str:
+        """The same memory as `past`, with the new tokens written."""
+        return f"present.{part}.{layer}"
+
+
+def cpu_decoder(artifact: Artifact, capacity: int) -> bytes:
+    """A serialised model for sequences of up to `capacity` tokens."""
+    builder = GraphBuilder(artifact)
+    spec = artifact.spec.decoder
+    token_ids = builder.input(DecoderInputs.IDS, np.int64, ["T"])
+    feature_rows = builder.input(DecoderInputs.FEATURE_ROWS, np.int64, ["F", 1])
+    feature_values = builder.input(DecoderInputs.FEATURE_VALUES, np.float32, ["F", spec.hidden])
+    rows = builder.input(DecoderInputs.LOGITS_ROWS, np.int64, ["R"])
+    dialect = CpuDecoderDialect(builder, artifact, capacity)
+    logits = decoder_graph(dialect, spec, token_ids=token_ids, features=(feature_rows, feature_values), rows=rows)
+    builder.output(logits, DecoderInputs.LOGITS, np.float32)
+    dialect.output_cache()
+    return builder.serialise()
+
+
+class CpuDecoderDialect:
+    """Implements `DecoderDialect`."""
+
+    def __init__(self, builder: GraphBuilder, artifact: Artifact, capacity: int) -> None:
+        self.builder = builder
+        self._linears = linears(builder, artifact.precision)
+        self._spec = artifact.spec.decoder
+        self._capacity = capacity
+        self._shape = builder.input(DecoderInputs.SHAPE, np.int64, [3])
+        self._last = builder.input(DecoderInputs.LAST, np.int32, ["B"])
+        self._longest = builder.input(DecoderInputs.LONGEST, np.int32, [])
+        rope = self._spec.rope
+        self._positions = builder.input(DecoderInputs.POSITIONS, np.int64, [3, "B", "S"]) if rope.axes == 3 else None
+        self._rotary = rotary_tables(builder, rope, capacity)
+        self._presents: list[tuple[str, ir.Value]] = []
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self._linears.linear(x, name)
+
+    def embedding(self, token_ids: ir.Value, name: str) -> ir.Value:
+        return self._linears.embedding(token_ids, name)
+
+    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        weight = self.builder.weight(f"{name}.weight")
+        return self.builder.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
+
+    def add_rms_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
+        weight = self.builder.weight(f"{name}.weight")
+        normed, _, _, total = self.builder.ops(
+            "SkipSimplifiedLayerNormalization", x, residual, weight, outputs=4, domain=MICROSOFT, epsilon=epsilon
+        )
+        return normed, total
+
+    def silu_gate(self, gate_up: ir.Value) -> ir.Value:
+        gate, up = self.builder.ops("Split", gate_up, outputs=2, axis=-1, num_outputs=2)
+        # QuickGelu with alpha 1 is x * sigmoid(x).
+        return self.builder.op("Mul", self.builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
+
+    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
+        builder, spec = self.builder, self._spec
+        shape = ("B", spec.kv_heads, self._capacity, spec.head_dim)
+        parts = ("key", "value")
+        past = [builder.input(DecoderInputs.past(part, layer), np.float32, shape) for part in parts]
+        packed = builder.op("Reshape", qkv, self._shape)
+        rotate_inside = self._positions is None
+        query, key, value = (packed, None, None) if rotate_inside else self._rotate(packed)
+        output, *present = builder.ops(
+            "GroupQueryAttention",
+            *(query, key, value, *past, self._last, self._longest),
+            *(self._rotary if rotate_inside else ()),
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            do_rotary=int(rotate_inside),
+        )
+        self._presents += zip((DecoderInputs.present(part, layer) for part in parts), present, strict=True)
+        return builder.reshape(output, -1, spec.heads * spec.head_dim)
+
+    def _rotate(self, packed: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Three-axis rotary embedding, which GroupQueryAttention does not do itself."""
+        builder, spec = self.builder, self._spec
+        widths = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
+        query, key, value = builder.ops("Split", packed, builder.constant(widths, np.int64), outputs=3, axis=-1)
+        query, key = (
+            builder.op(
+                *("MRotaryEmbedding", x, self._positions, *self._rotary),
+                domain=MICROSOFT,
+                mrope_section=spec.rope.mrope_section,
+                num_heads=heads,
+            )
+            for x, heads in ((query, spec.heads), (key, spec.kv_heads))
+        )
+        return query, key, value
+
+    def output_cache(self) -> None:
+        """Declare the cache's outputs, after the logits."""
+        for name, value in self._presents:
+            self.builder.output(value, name, np.float32)
+
+
+def rotary_tables(builder: GraphBuilder, rope: RopeSpec, positions: int) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine [positions, head_dim / 2]. Angles are rounded to fp32 first, as the reference does."""
+    angles = np.arange(positions, dtype=np.float32)[:, None] * np.asarray(rope.inv_freq, np.float32)
+    cosine, sine = (function(angles.astype(np.float64)) * rope.attention_scale for function in (np.cos, np.sin))
+    return (
+        builder.table("rotary.cosine", cosine.astype(np.float32)),
+        builder.table("rotary.sine", sine.astype(np.float32)),
+    )

@@ -1,0 +1,95 @@
+"""Vision towers on the CPU: sequences of one length per call, MultiHeadAttention."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from engine.checkpoints.artifact import Artifact
+from engine.graphs.builder import MICROSOFT, GraphBuilder
+from engine.graphs.cpu.linear import linears
+from engine.graphs.qwen_vision import qwen_vision_graph
+from engine.graphs.siglip import siglip_graph
+from engine.spec import QwenVisionSpec, SiglipSpec
+
+_GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+
+
+class TowerInputs:
+    """Names in the graph. B sequences of L patches each."""
+
+    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [B * L, 3 * temporal_patch * patch**2]
+    SHAPE = "shape"  # int64 [3]: B, L, -1; Qwen2-VL only
+    COSINE = "cosine"  # float32 [L, head_dim / 2]; Qwen2-VL only
+    SINE = "sine"
+    FEATURES = "features"  # float32 [tokens, hidden of the decoder]
+
+
+def cpu_tower(artifact: Artifact) -> bytes:
+    """A serialised model of the tower and its connector."""
+    builder = GraphBuilder(artifact)
+    spec = artifact.spec.vision
+    if isinstance(spec, SiglipSpec):
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["tiles", 3, spec.tile, spec.tile])
+        shape = builder.constant([-1, (spec.tile // spec.patch) ** 2, 3 * spec.hidden], np.int64)
+        features = siglip_graph(CpuTowerDialect(builder, artifact, spec, shape), spec, pixels)
+    else:
+        assert isinstance(spec, QwenVisionSpec)
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["N", 3 * spec.temporal_patch * spec.patch**2])
+        shape = builder.input(TowerInputs.SHAPE, np.int64, [3])
+        half = spec.hidden // spec.heads // 2
+        rotary = tuple(builder.input(name, np.float32, ["L", half]) for name in (TowerInputs.COSINE, TowerInputs.SINE))
+        features = qwen_vision_graph(CpuTowerDialect(builder, artifact, spec, shape, rotary), spec, pixels)
+    builder.output(features, TowerInputs.FEATURES, np.float32)
+    return builder.serialise()
+
+
+class CpuTowerDialect:
+    """Implements `TowerDialect`."""
+
+    def __init__(
+        self,
+        builder: GraphBuilder,
+        artifact: Artifact,
+        spec: SiglipSpec | QwenVisionSpec,
+        shape: ir.Value,
+        rotary: tuple[ir.Value, ...] = (),
+    ) -> None:
+        """`shape` makes [B, L, 3 * hidden] of packed queries, keys and values; `rotary` is (cosine, sine) or empty."""
+        self.builder = builder
+        self._linears = linears(builder, artifact.precision)
+        self._spec = spec
+        self._shape = shape
+        self._rotary = rotary
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self._linears.linear(x, name)
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        return self.builder.op("LayerNormalization", x, *self._affine(name), axis=-1, epsilon=epsilon)
+
+    def add_layer_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
+        normed, _, _, total = self.builder.ops(
+            "SkipLayerNormalization", x, residual, *self._affine(name), outputs=4, domain=MICROSOFT, epsilon=epsilon
+        )
+        return normed, total
+
+    def _affine(self, name: str) -> tuple[ir.Value, ir.Value]:
+        return self.builder.weight(f"{name}.weight"), self.builder.weight(f"{name}.bias")
+
+    def activation(self, x: ir.Value, kind: str) -> ir.Value:
+        if kind == "quick_gelu":
+            return self.builder.op("QuickGelu", x, domain=MICROSOFT, alpha=1.702)
+        return self.builder.op("Gelu", x, approximate=_GELU[kind])
+
+    def attention(self, qkv: ir.Value) -> ir.Value:
+        builder, heads = self.builder, self._spec.heads
+        packed = builder.op("Reshape", qkv, self._shape)
+        query, key, value = builder.ops("Split", packed, outputs=3, axis=-1, num_outputs=3)
+        if self._rotary:
+            start = builder.constant([0], np.int64)
+            query, key = (
+                builder.op("RotaryEmbedding", x, start, *self._rotary, domain=MICROSOFT) for x in (query, key)
+            )
+        output = builder.op("MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=heads)
+        return builder.reshape(output, -1, self._spec.hidden)

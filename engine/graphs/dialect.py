@@ -1,0 +1,67 @@
+"""The words in which a model is described; a dialect says each of them in one target's operators.
+
+Activations are [T, width] throughout, T tokens of all sequences of a call. NAME stands for the artifact's NAME.weight,
+NAME.bias and NAME.scale.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import onnx_ir as ir
+
+from engine.graphs.builder import GraphBuilder
+
+
+class Dialect(Protocol):
+    """Each method appends nodes to the builder."""
+
+    @property
+    def builder(self) -> GraphBuilder: ...
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """x @ weight.T, plus the bias if the artifact has one."""
+        ...
+
+
+class DecoderDialect(Dialect, Protocol):
+    """What a decoder is made of."""
+
+    def embedding(self, token_ids: ir.Value, name: str) -> ir.Value:
+        """Rows of a table: ids [T] to [T, hidden]."""
+        ...
+
+    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value: ...
+
+    def add_rms_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum)."""
+        ...
+
+    def silu_gate(self, gate_up: ir.Value) -> ir.Value:
+        """silu(first half) * second half."""
+        ...
+
+    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
+        """Rotate queries and keys, append to the KV cache of `layer`, attend causally.
+
+        [T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim].
+        """
+        ...
+
+
+class TowerDialect(Dialect, Protocol):
+    """What a vision tower is made of."""
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value: ...
+
+    def add_layer_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum)."""
+        ...
+
+    def activation(self, x: ir.Value, kind: str) -> ir.Value:
+        """gelu, gelu_pytorch_tanh or quick_gelu."""
+        ...
+
+    def attention(self, qkv: ir.Value) -> ir.Value:
+        """Every token to every token of its own sequence: [T, 3 * hidden] to [T, hidden]."""
+        ...

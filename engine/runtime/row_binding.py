@@ -1,0 +1,85 @@
+"""The decoder's inputs and outputs bound to neighbouring rows of KV memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from engine.graphs.cpu import DecoderInputs
+from engine.runtime.kv_memory import KVMemory
+from engine.runtime.session import Binding
+from engine.spec import DecoderSpec
+
+
+class RowBinding(Binding):
+    """`count` rows from `first`; past and present are the same memory, so attention appends in place.
+
+    What a decode step needs is kept in arrays that stay bound, because binding costs more than filling them.
+    """
+
+    def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, memory: KVMemory, first: int, count: int):
+        super().__init__(session)
+        self._vocab = spec.vocab
+        self._three_axis = spec.rope.axes == 3
+        for layer in range(spec.layers):
+            for part, name in enumerate(("key", "value")):
+                slab = memory.view(layer, part, first, count)
+                self.input(DecoderInputs.past(name, layer), slab)
+                self.output(DecoderInputs.present(name, layer), slab)
+        self._ids = np.zeros(count, np.int64)
+        self._last = np.zeros(count, np.int32)
+        self._longest = np.zeros((), np.int32)
+        self._positions = np.zeros((3, count, 1), np.int64)
+        self._shape = np.array([count, 1, -1])
+        self._no_rows = np.zeros((0, 1), np.int64)
+        self._no_features = np.zeros((0, spec.hidden), np.float32)
+
+    def prefill(
+        self,
+        token_ids: NDArray[np.int64],
+        feature_rows: NDArray[np.int64],
+        feature_values: NDArray[np.float32],
+        positions: NDArray[np.int64],
+        last: int,
+    ) -> None:
+        """Neighbouring tokens [T] of the one row; `last` is the place of the last of them."""
+        self.input(DecoderInputs.IDS, token_ids)
+        self.input(DecoderInputs.FEATURE_ROWS, feature_rows[:, None])
+        self.input(DecoderInputs.FEATURE_VALUES, feature_values)
+        self.input(DecoderInputs.SHAPE, np.array([1, len(token_ids), -1]))
+        if self._three_axis:
+            self.input(DecoderInputs.POSITIONS, positions[:, None, :])
+        self._place(np.array([last], np.int32))
+
+    def decode(
+        self,
+        places: NDArray[np.int64],
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+    ) -> None:
+        """One token for each of `places` (counted from `first`); `lengths` [count] are those of all rows."""
+        self._ids[places] = token_ids
+        self.input(DecoderInputs.IDS, self._ids)
+        self.input(DecoderInputs.FEATURE_ROWS, self._no_rows)
+        self.input(DecoderInputs.FEATURE_VALUES, self._no_features)
+        self.input(DecoderInputs.SHAPE, self._shape)
+        if self._three_axis:
+            self._positions[:, places, 0] = positions
+            self.input(DecoderInputs.POSITIONS, self._positions)
+        self._place(lengths)
+
+    def _place(self, last: NDArray[np.int32]) -> None:
+        self._last[:] = last
+        self._longest[()] = last.max() + 1
+        self.input(DecoderInputs.LAST, self._last)
+        self.input(DecoderInputs.LONGEST, self._longest)
+
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run, and give [R, vocab] for `rows` [R] of the tokens."""
+        logits = np.empty((len(rows), self._vocab), np.float32)
+        self.input(DecoderInputs.LOGITS_ROWS, rows)
+        self.output(DecoderInputs.LOGITS, logits)
+        self.run()
+        return logits

@@ -1,0 +1,167 @@
+"""./tessera bench: throughput and latency of the plugin, through Dify's protocol, with generated traffic.
+
+`serve` drives one configuration at several concurrencies. `ladder` runs the same requests, 20 % of them repeats, at the
+same load through three configurations. Each prints a card, a table and, with --json, one JSON object as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout
+from cli.machine import card, peak_memory
+from cli.measured import Measured, summary
+from cli.traffic import TrafficRequest, traffic
+
+ROOT = Path(__file__).resolve().parent.parent
+Settings = dict[str, str]
+LADDER: dict[str, Settings] = {
+    "fp32, one at a time": {"precision": "fp32", "max_batch_size": "1", "cache_enabled": "false"},
+    "fp32, batching": {"precision": "fp32", "cache_enabled": "false"},
+    "int8, batching, cache": {"precision": "int8", "cache_enabled": "true"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="serve|ladder")
+    serve = kinds.add_parser("serve", help="one configuration at several concurrencies")
+    serve.add_argument("--concurrency", default="1,8,32", help="comma-separated (default: 1,8,32)")
+    serve.add_argument("--precision", choices=["fp32", "int8"], default="int8")
+    serve.add_argument("--cache", action="store_true", help="leave the answer cache on (default: off)")
+    serve.add_argument("--repeats", type=float, default=0.0, help="share of requests that repeat an earlier one")
+    ladder = kinds.add_parser("ladder", help="three configurations on the same traffic, 20 %% of it repeats")
+    ladder.add_argument("--concurrency", type=int, default=32)
+    for kind in (serve, ladder):
+        kind.add_argument("--model", default="demo")
+        kind.add_argument("--requests", type=int, help="requests per row (default: enough for a few seconds)")
+        kind.add_argument("--output-tokens", type=int, default=32)
+        kind.add_argument("--image-size", default="320x240")
+        kind.add_argument("--seed", type=int, default=0)
+        kind.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Return 0 when every request of every row was answered."""
+    rows = list(_serve(arguments) if arguments.kind == "serve" else _ladder(arguments))
+    result = {"bench": arguments.kind, "model": arguments.model, "card": card(), "rows": rows}
+    if arguments.kind == "ladder":
+        result["ratios"] = _ratios(rows)
+    _print_table(result)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0 if all(row["failed"] == 0 and row["requests"] for row in rows) else 1
+
+
+def _serve(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    settings = {"precision": arguments.precision, "cache_enabled": str(arguments.cache).lower()}
+    for number, concurrency in enumerate(int(word) for word in arguments.concurrency.split(",")):
+        count = arguments.requests or 40 + 12 * concurrency
+        requests = _traffic(arguments, count, arguments.repeats, arguments.seed + number)
+        yield {"row": f"{concurrency} concurrent", **measure(arguments, settings, requests, concurrency)}
+
+
+def _ladder(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    requests = _traffic(arguments, arguments.requests or 250, 0.2, arguments.seed)
+    for name, settings in LADDER.items():
+        yield {"row": name, **measure(arguments, settings, requests, arguments.concurrency)}
+
+
+def _traffic(arguments: argparse.Namespace, count: int, repeats: float, seed: int) -> list[TrafficRequest]:
+    width, height = (int(word) for word in arguments.image_size.split("x"))
+    return traffic(count, repeats=repeats, size=(width, height), seed=seed)
+
+
+def measure(
+    arguments: argparse.Namespace, settings: Settings, requests: Sequence[TrafficRequest], concurrency: int
+) -> dict[str, Any]:
+    """Start the plugin on an empty storage folder, warm it up, send the requests, `concurrency` at a time."""
+    parameters = {"max_tokens": arguments.output_tokens, "ignore_eos": True, "temperature": 0.0}
+    with tempfile.TemporaryDirectory(prefix="tessera-bench-") as storage:
+        credentials = {"storage": storage, "max_waiting": "1024", **settings}
+        with Daemon(ROOT, credentials=credentials) as daemon:
+            for warm_up in traffic(2, seed=-1):
+                _ask(daemon, arguments.model, warm_up, parameters)
+            measured = _drive(daemon, arguments.model, requests, parameters, concurrency)
+            memory = peak_memory(daemon.pid)
+        row = summary(measured)
+        sizes = [path.stat().st_size for path in Path(storage).glob("artifacts/*/weights.bin")]
+    return {**settings, "concurrency": concurrency, **row, "memory_mib": memory, "weight_bytes": sum(sizes)}
+
+
+def _drive(
+    daemon: Daemon,
+    model: str,
+    requests: Sequence[TrafficRequest],
+    parameters: Mapping[str, Any],
+    concurrency: int,
+) -> list[Measured]:
+    """A closed loop: each of `concurrency` callers sends its next request when its last one is answered."""
+    remaining, lock, measured = iter(requests), threading.Lock(), list[Measured]()
+
+    def caller() -> None:
+        while True:
+            with lock:
+                request = next(remaining, None)
+            if request is None:
+                return
+            measured.append(_ask(daemon, model, request, parameters))
+
+    callers = [threading.Thread(target=caller) for _ in range(concurrency)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    return measured
+
+
+def _ask(daemon: Daemon, model: str, request: TrafficRequest, parameters: Mapping[str, Any]) -> Measured:
+    session = daemon.invoke_llm(request.messages(), parameters, model=model)
+    last: dict[str, Any] = {}
+    try:
+        for chunk in session:
+            last = chunk
+    except (PluginError, PluginCrashed, RequestTimeout) as error:
+        return Measured(session.sent_at, error=f"{type(error).__name__}: {error}")
+    usage = last["delta"]["usage"]
+    return Measured(
+        started=session.sent_at,
+        first_token=session.arrivals[0],
+        finished=session.arrivals[-1],
+        prompt_tokens=usage["prompt_tokens"],
+        output_tokens=usage["completion_tokens"],
+        from_cache="cache" in (last.get("system_fingerprint") or ""),
+    )
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last rung against the first."""
+    first, last = rows[0], rows[-1]
+    return {
+        "throughput": round(last["output_token_throughput"] / first["output_token_throughput"], 2),
+        "mean_latency": round(first["latency_ms"]["mean"] / last["latency_ms"]["mean"], 2),
+        "weight_bytes": round(first["weight_bytes"] / last["weight_bytes"], 2),
+    }
+
+
+def _print_table(result: Mapping[str, Any]) -> None:
+    print("  ".join(f"{name}: {value}" for name, value in result["card"].items()), file=sys.stderr)
+    header = ("", "req/s", "tok/s", "TTFT p50", "p99", "TPOT p50", "E2EL mean", "p99 ms", "hits", "MiB")
+    print(("{:<24}" + "{:>10}" * 9).format(*header))
+    for row in result["rows"]:
+        if not row["requests"]:
+            print(f"{row['row']:<24}  failed: {row['errors']}")
+            continue
+        ttft, tpot, latency = row["ttft_ms"], row["tpot_ms"] or {"median": 0.0}, row["latency_ms"]
+        times = (ttft["median"], ttft["p99"], tpot["median"], latency["mean"], latency["p99"])
+        figures = [f"{row['request_throughput']:.1f}", f"{row['output_token_throughput']:.0f}"]
+        figures += [f"{value:.1f}" for value in times] + [str(row["cache_hits"]), str(row["memory_mib"])]
+        print(("{:<24}" + "{:>10}" * 9).format(row["row"], *figures))
+    if ratios := result.get("ratios"):
+        print("last rung against the first: " + ", ".join(f"{name} {value:.2f}x" for name, value in ratios.items()))

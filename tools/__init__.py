@@ -1,0 +1,1 @@
+"""Programs for developers: the demo model's training, its data and the sample images."""

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cli.daemon import Daemon
+from tests.plugin.fake_plugin import copy_with_fake_engine
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def copy_plugin(target: Path, client: Path) -> Path:
-    for name in ("main.py", "manifest.yaml"):
-        shutil.copy(ROOT / name, target / name)
-    for name in ("provider", "models", "engine", "_assets"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(client, target / "engine" / "client.py")
-    return target
+# Importing dify_plugin patches gevent into everything, which would turn the threads of all other tests into greenlets.
+# Its patching module is replaced by an empty one; the plugin's own processes are patched as usual.
+sys.modules["dify_plugin._gevent"] = types.ModuleType("dify_plugin._gevent")
 
 
 @pytest.fixture(scope="session")
 def fake_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_plugin(tmp_path_factory.mktemp("plugin"), Path(__file__).with_name("fake_client.py"))
+    return copy_with_fake_engine(tmp_path_factory.mktemp("plugin"))
 
 
 @pytest.fixture(scope="session")

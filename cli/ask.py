@@ -1,0 +1,124 @@
+"""Ask about images the way a user of Dify does: a plugin process, the daemon's protocol, a streamed answer."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import mimetypes
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout, Session
+from engine.config import EngineConfig
+from engine.errors import InvalidConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+FROM_CACHE = "tessera/answer-cache"  # models/llm/llm.py
+
+
+class Unreadable(Exception):
+    """A file named on the command line cannot be read."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="*", type=Path, help="image files; none for a question without an image")
+    parser.add_argument("question", help="what to ask, in quotes")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", help="end the answer before this text; may be repeated")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The engine's settings, as every command takes them that starts a plugin."""
+    parser.add_argument("--precision", choices=("auto", "int8", "fp32"))
+    parser.add_argument("--storage", type=Path, help="folder for weights and caches")
+    parser.add_argument("--no-cache", action="store_true", help="compute everything anew")
+    names = ", ".join(field.name for field in fields(EngineConfig))
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"any setting: {names}")
+
+
+def settings_from(args: argparse.Namespace) -> dict[str, str]:
+    """The form's values as the command line gave them. Raises InvalidConfig."""
+    settings: dict[str, str] = {}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InvalidConfig(f"--set {item}: write NAME=VALUE")
+        settings[name] = value
+    if args.precision:
+        settings["precision"] = args.precision
+    if args.storage:
+        settings["storage"] = str(args.storage.expanduser().absolute())
+    if args.no_cache:
+        settings["cache_enabled"] = "false"
+    EngineConfig.from_mapping(settings)
+    return settings
+
+
+def run(args: argparse.Namespace) -> int:
+    """The answer goes to stdout, everything else to stderr. 1 for an error, which is one sentence."""
+    try:
+        messages = prompt_messages(args.images, args.question, args.system)
+        with Daemon(ROOT, credentials=settings_from(args)) as daemon:
+            _note(f"plugin ready after {daemon.wait_until_ready():.2f} s")
+            session = daemon.invoke_llm(messages, _parameters(args), model=args.model, stop=args.stop)
+            _print_answer(session)
+    except (PluginError, PluginCrashed, RequestTimeout, InvalidConfig, Unreadable) as error:
+        print(f"tessera: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prompt_messages(images: Sequence[Path], question: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Dify's prompt messages: the images first, as Dify sends them. Raises Unreadable."""
+    content = [*map(_image_content, images), {"type": "text", "data": question}]
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": content}]
+
+
+def _image_content(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
+    mime_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return {
+        "type": "image",
+        "format": path.suffix.removeprefix(".").lower(),
+        "mime_type": mime_type,
+        "base64_data": base64.b64encode(data).decode(),
+        "filename": path.name,
+    }
+
+
+def _parameters(args: argparse.Namespace) -> dict[str, Any]:
+    given = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _print_answer(session: Session) -> None:
+    first_s: float | None = None
+    chunk: dict[str, Any] = {}
+    for chunk in session:
+        if text := chunk["delta"]["message"]["content"]:
+            first_s = first_s or time.perf_counter() - session.sent_at
+            print(text, end="", flush=True)
+    print()
+    usage, total_s = chunk["delta"]["usage"], time.perf_counter() - session.sent_at
+    source = ", from the answer cache" if chunk["system_fingerprint"] == FROM_CACHE else ""
+    _note(
+        f"first token after {first_s or total_s:.2f} s, all after {total_s:.2f} s{source}; "
+        f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out ({chunk['delta']['finish_reason']})"
+    )
+
+
+def _note(text: str) -> None:
+    print(f"tessera: {text}", file=sys.stderr)

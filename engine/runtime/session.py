@@ -13,8 +13,10 @@ from engine.checkpoints.artifact import Artifact
 _CONFIG = {
     # Weights are external data of the artifact's file, next to no model file.
     "session.model_external_initializers_file_folder_path": "",
-    # Waiting threads sleep: the other session, the image workers and the protocol process need the cores.
-    "session.intra_op.allow_spinning": "0",
+    # Threads spin between the operators of a run, which are short, and sleep between runs: the other session, the
+    # image workers and the protocol process need the cores.
+    "session.intra_op.allow_spinning": "1",
+    "session.force_spinning_stop": "1",
     # Without VNNI, products of u8 and s8 saturate at 16 bits; this makes them u8 and u8 there, which do not.
     "session.x64quantprecision": "1",
 }

@@ -66,16 +66,13 @@ class CpuTowerDialect:
         return self._linears.linear(x, name)
 
     def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        return self.builder.op("LayerNormalization", x, *self._affine(name), axis=-1, epsilon=epsilon)
+        affine = (self.builder.weight(f"{name}.weight"), self.builder.weight(f"{name}.bias"))
+        return self.builder.op("LayerNormalization", x, *affine, axis=-1, epsilon=epsilon)
 
     def add_layer_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
-        normed, _, _, total = self.builder.ops(
-            "SkipLayerNormalization", x, residual, *self._affine(name), outputs=4, domain=MICROSOFT, epsilon=epsilon
-        )
-        return normed, total
-
-    def _affine(self, name: str) -> tuple[ir.Value, ir.Value]:
-        return self.builder.weight(f"{name}.weight"), self.builder.weight(f"{name}.bias")
+        # SkipLayerNormalization does both in one node, three to six times slower on this provider.
+        total = self.builder.op("Add", x, residual)
+        return self.layer_norm(total, name, epsilon), total
 
     def activation(self, x: ir.Value, kind: str) -> ir.Value:
         if kind == "quick_gelu":

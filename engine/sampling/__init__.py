@@ -1,0 +1,6 @@
+"""Logits to tokens: penalties, temperature, truncation and the draw, for a whole batch in one go."""
+
+from engine.sampling.sampler import NO_TOKEN, sample
+from engine.sampling.state import SamplerState
+
+__all__ = ["NO_TOKEN", "SamplerState", "sample"]

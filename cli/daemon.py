@@ -352,6 +352,8 @@ class Daemon:
 
 
 def _start(folder: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    if os.getpid() == 1:
+        raise PluginCrashed("a plugin ends when its parent is process 1, as here; start the container with --init")
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.Popen(
         [sys.executable, "-m", "main"],

@@ -94,8 +94,11 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
     ) -> dict[str, Any]:
         """The SDK's check: declared names only, with their ranges.
 
-        Its ValueError would reach the user as a crash of the plugin.
+        Its ValueError would reach the user as a crash of the plugin. A model that people brought declares nothing;
+        SamplingParams checks its parameters.
         """
+        if self.get_model_schema(model, credentials) is None:
+            return model_parameters
         try:
             checked: dict[str, Any] = super()._validate_and_filter_model_parameters(
                 model, model_parameters, credentials

@@ -155,3 +155,26 @@ def test_the_declared_context_is_the_checkpoints() -> None:
 def test_code_files_stay_small_enough_to_read_in_one_sitting(folder: str) -> None:
     long = [path for path in (ROOT / folder).rglob("*.py") if len(path.read_text(encoding="utf-8").splitlines()) > 400]
     assert not long
+
+
+@pytest.mark.parametrize("path", ["README.md", "readme/README_zh_Hans.md"])
+def test_the_readme_lists_every_field_of_the_form_with_its_default(path: str) -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| `(\w+)` \| `?([^|`]+)`? \|", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name, _ in rows] == [field["variable"] for field in FIELDS]
+    for name, default in rows:
+        if name != "storage":
+            setting = EngineConfig.from_mapping({name: default.strip()})
+            assert getattr(setting, name) == getattr(EngineConfig(), name), name
+
+
+def test_the_readme_is_in_english() -> None:
+    assert not re.search(r"[\u4e00-\u9fff]", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", ["README.md", "readme/README_zh_Hans.md", "PRIVACY.md"])
+def test_what_the_texts_link_to_exists(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / path).parent.joinpath(target).exists(), target

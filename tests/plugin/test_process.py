@@ -108,6 +108,12 @@ def test_a_wrong_parameter_is_a_bad_request_that_names_it(
     assert raised.value.kind == "InvokeBadRequestError"
 
 
+def test_a_model_that_declares_nothing_gets_its_parameters_all_the_same(daemon: Daemon) -> None:
+    chunks = daemon.invoke_llm(asks("echo"), {"max_tokens": 9}, model="brought")
+    asked = json.loads("".join(chunk["delta"]["message"]["content"] for chunk in chunks))
+    assert (asked["model"], asked["sampling"]["max_tokens"]) == ("brought", 9)
+
+
 def test_a_wrong_setting_is_a_bad_request_that_names_it(daemon: Daemon) -> None:
     with pytest.raises(PluginError, match="max_waiting is 'many'") as raised:
         list(daemon.invoke_llm(asks("say 1 word"), credentials={"max_waiting": "many"}))

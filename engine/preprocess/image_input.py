@@ -1,0 +1,60 @@
+"""An image as the vision tower takes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageInput:
+    """Pixels neither rescaled nor normalised: the graph does both.
+
+    | kind     | `pixels` (uint8)                           | `grid`                                           |
+    |----------|--------------------------------------------|--------------------------------------------------|
+    | smolvlm  | [tiles, 3, side, side]: row-major, global last | (1, rows, columns); rows = columns = 0 when unsplit |
+    | qwen2_vl | [patches, 3 * temporal * side * side]      | (1, patches down, patches across)                |
+
+    `tokens` is the number of placeholder tokens the image fills. `key` (32 bytes) names image file, processor settings
+    and kind; two inputs of one key have the same pixels.
+    """
+
+    pixels: NDArray[np.uint8] = field(repr=False)
+    grid: Grid
+    tokens: int
+    key: bytes
+
+
+class ImageProcessor(Protocol):
+    """Thread-safe; one per model."""
+
+    def process(self, image: Image.Image, data: bytes) -> ImageInput:
+        """`image` is `data` decoded to RGB. Raises InvalidImage for a shape the model cannot take."""
+        ...
+
+    def count(self, width: int, height: int) -> tuple[int, Grid]:
+        """Placeholder tokens and grid of an image of that size, from no pixels. Raises InvalidImage as `process` does."""
+        ...
+
+    def key(self, data: bytes) -> bytes:
+        """`ImageInput.key` of an image file, without decoding it."""
+        ...
+
+
+def settings_digest(kind: str, settings: Mapping[str, Any]) -> bytes:
+    """32 bytes that differ when any setting of a processor differs."""
+    return hashlib.sha256(f"{kind} {json.dumps(settings, sort_keys=True)}".encode()).digest()
+
+
+def image_key(digest: bytes, data: bytes) -> bytes:
+    """blake2b of the file, keyed with a processor's `settings_digest`."""
+    return hashlib.blake2b(data, digest_size=32, key=digest).digest()

@@ -42,7 +42,7 @@ class ImageProcessor(Protocol):
         ...
 
     def count(self, width: int, height: int) -> tuple[int, Grid]:
-        """Placeholder tokens and grid of an image of that size, from no pixels. Raises InvalidImage as `process` does."""
+        """Placeholder tokens and grid of an image of that size. Raises InvalidImage as `process` does."""
         ...
 
     def key(self, data: bytes) -> bytes:

@@ -1,0 +1,179 @@
+"""Messages and images to a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import CheckpointError, InvalidRequest
+from engine.preprocess import ImageInput, image_processor
+from engine.prompts.detokenize import Detokenizer
+from engine.prompts.placeholders import placeholder
+from engine.prompts.positions import Grid, mrope_positions, text_positions
+from engine.prompts.prompt import ImageSpan, Prompt
+from engine.prompts.template import ChatTemplate, count_images
+from engine.prompts.tokenizer import Tokenizer, special_tokens
+from engine.request import Image, Message, Part, Text
+from engine.spec import ModelSpec, QwenVisionSpec
+
+# Unicode noncharacters: never text (Unicode 16, 23.7), so one that a request does not contain is always found.
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+class PromptBuilder:
+    """Thread-safe; one per model. Raises CheckpointError, naming the file, on construction.
+
+    Text in messages never becomes a control or image token, whatever it spells: each spelling of a special token is
+    cut in two for the tokenizer. Text without such spellings is tokenised in one piece with the template around it and
+    gives exactly the tokens that transformers gives.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        self.tokenizer = Tokenizer.load(folder)
+        self._spec = spec
+        self._template = ChatTemplate(folder, has_images=spec.vision is not None)
+        self._images = image_processor(folder, spec) if spec.vision else None
+        self._image_token = self._find_image_token(folder)
+        self._bos = special_tokens(folder).get("bos_token")
+        self._prefix = self.tokenizer.prefix() if spec.vision else []
+
+    def build(self, messages: Sequence[Message], images: Sequence[ImageInput]) -> Prompt:
+        """`images` are those of the messages, in order. Raises InvalidRequest."""
+        ids, runs = self._encode(messages, [(image.tokens, image.grid) for image in images])
+        is_image = ids == self._spec.tokens.image if self._images else np.zeros(len(ids), bool)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_image] = list(itertools.chain(*runs))
+        starts = np.cumsum(repeats) - repeats
+        ends = iter(zip(starts[is_image].tolist(), repeats[is_image].tolist(), strict=True))
+        spans = tuple(
+            _span(list(itertools.islice(ends, len(run))), image.key) for run, image in zip(runs, images, strict=True)
+        )
+        token_ids, is_image = np.repeat(ids, repeats), np.repeat(is_image, repeats)
+        positions, delta = self._positions(len(token_ids), spans, images)
+        return Prompt(
+            token_ids=token_ids,
+            feature_index=np.where(is_image, np.cumsum(is_image) - 1, -1),
+            positions=positions,
+            position_delta=delta,
+            image_spans=spans,
+            image_tokens=int(is_image.sum()),
+        )
+
+    def count(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens of the prompt; `image_sizes` are (width, height) in pixels. Raises InvalidRequest."""
+        if image_sizes and self._images is None:
+            raise InvalidRequest(_TEXT_ONLY)
+        layouts = [self._images.count(*size) for size in image_sizes] if self._images else []
+        ids, runs = self._encode(messages, layouts)
+        return len(ids) + sum(repeat - 1 for run in runs for repeat in run)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one sequence's output."""
+        return Detokenizer(self.tokenizer)
+
+    def _encode(
+        self, messages: Sequence[Message], layouts: Sequence[tuple[int, Grid]]
+    ) -> tuple[NDArray[np.int64], list[list[int]]]:
+        """Token ids with each run of image tokens as one, and for each image the lengths of its runs."""
+        shown = count_images(messages)
+        if shown and self._images is None:
+            raise InvalidRequest(_TEXT_ONLY)
+        if shown != len(layouts):
+            raise InvalidRequest(f"the messages show {shown} images, but {len(layouts)} were given")
+        mark = _unused_mark(messages)
+        rendered = self._template.render([self._cut_control(message, mark) for message in messages])
+        text, runs = self._place_images(rendered, layouts)
+        pieces = [self.tokenizer.encode(piece) for piece in text.split(mark)]
+        prefix = [] if self._bos and rendered.startswith(self._bos) else self._prefix
+        ids = np.array([*prefix, *itertools.chain(*pieces)], np.int64)
+        expected = sum(map(len, runs))
+        if self._images and int((ids == self._spec.tokens.image).sum()) != expected:
+            raise InvalidRequest("a message contains a spelling of the model's image token; remove it")
+        return ids, runs
+
+    def _place_images(self, rendered: str, layouts: Sequence[tuple[int, Grid]]) -> tuple[str, list[list[int]]]:
+        if self._image_token is None:
+            return rendered, []
+        texts = rendered.split(self._image_token)
+        if len(texts) - 1 != len(layouts):
+            raise InvalidRequest(
+                f"this model's chat template shows {len(texts) - 1} of {len(layouts)} images; put them in user messages"
+            )
+        placed = [placeholder(self._spec, self._image_token, *layout) for layout in layouts]
+        joined = "".join(itertools.chain(*zip(texts, [text for text, _ in placed], strict=False))) + texts[-1]
+        return joined, [runs for _, runs in placed]
+
+    def _cut_control(self, message: Message, mark: str) -> Message:
+        """Put the mark inside every spelling of a special token, also of one spread over neighbouring texts."""
+        parts: list[Part] = []
+        for is_text, run in itertools.groupby(message.parts, lambda part: isinstance(part, Text)):
+            if not is_text:
+                parts += run
+                continue
+            texts = [_valid_unicode(part.text) for part in run if isinstance(part, Text)]
+            joined = "".join(texts)
+            if starts := self.tokenizer.control_starts(joined):
+                texts = [mark.join(_cut(joined, [start + 1 for start in starts]))]
+            parts += map(Text, texts)
+        return dataclasses.replace(message, parts=tuple(parts))
+
+    def _positions(
+        self, length: int, spans: Sequence[ImageSpan], images: Sequence[ImageInput]
+    ) -> tuple[NDArray[np.int64], int]:
+        axes = self._spec.decoder.rope.axes
+        if axes == 1 or not isinstance(self._spec.vision, QwenVisionSpec):
+            return text_positions(length, axes), 0
+        merge = self._spec.vision.merge
+        grids = [(image.grid[0], image.grid[1] // merge, image.grid[2] // merge) for image in images]
+        return mrope_positions(length, [span.start for span in spans], grids)
+
+    def _find_image_token(self, folder: Path) -> str | None:
+        if self._images is None:
+            return None
+        token = self._spec.tokens.image
+        text = None if token is None else self.tokenizer.token(token)
+        if text is None or self.tokenizer.encode(text) != [token]:
+            raise CheckpointError(
+                f"config.json's image token {token} is no special token of {folder / 'tokenizer.json'}"
+            )
+        shown = self._template.render([Message("user", (Image(b""), Text("?")))]).count(text)
+        if shown != 1:
+            raise CheckpointError(f"the chat template in {folder} writes {text} {shown} times for one image")
+        return text
+
+
+_TEXT_ONLY = "this model reads text only; remove the images or choose a model with vision"
+
+
+def _span(runs: list[tuple[int, int]], key: bytes) -> ImageSpan:
+    """From the first run's start to the last run's end, of (start, length) runs."""
+    return ImageSpan(runs[0][0], runs[-1][0] + runs[-1][1], key)
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    return (part.text for message in messages for part in message.parts if isinstance(part, Text))
+
+
+def _unused_mark(messages: Sequence[Message]) -> str:
+    used = set().union(*_texts(messages)) & set(_MARKS)
+    if len(used) == len(_MARKS):
+        raise InvalidRequest("a message contains all of Unicode's noncharacters U+FDD0 to U+FDEF; remove one")
+    return next(mark for mark in _MARKS if mark not in used)
+
+
+def _cut(text: str, places: Sequence[int]) -> list[str]:
+    return [text[start:stop] for start, stop in itertools.pairwise((0, *places, len(text)))]
+
+
+def _valid_unicode(text: str) -> str:
+    """Surrogates joined to characters; lone ones, which no tokenizer takes, replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -34,9 +34,9 @@ def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> Dec
     kv_heads = text.integer("num_key_value_heads", defaults.kv_heads or heads)
     text.divided("num_attention_heads", heads, kv_heads)
     head_dim = text.integer("head_dim", 0) or text.divided("hidden_size", hidden, heads)
-    if head_dim % 8:
-        # GroupQueryAttention and its rotary embedding work on groups of eight floats.
-        raise text.fail("head_dim", f"a multiple of 8, not {head_dim}")
+    if head_dim % 16:
+        # GroupQueryAttention's rotary embedding works on groups of sixteen floats.
+        raise text.fail("head_dim", f"a multiple of 16, not {head_dim} (left out, it is hidden_size / heads)")
     text.choice("hidden_act", "silu", ("silu",))
     if text.boolean("use_sliding_window", False):
         raise text.fail("use_sliding_window", "false (sliding window attention is not supported)")

@@ -58,9 +58,10 @@ class Decoder:
         if not (count and start >= 0 and start + count <= self.context_length):
             raise ValueError(f"places {start} to {start + count} of a row of {self.context_length}")
         replaced = np.flatnonzero(feature_index >= 0)
-        # The attention of one token alone sums in another order than that of several: a neighbour keeps it the same.
-        # It lands behind the chunk, where the next token will overwrite it.
-        padding = int(count == 1)
+        # Attention takes queries in blocks of an even number, and a block that ends up with one query sums in another
+        # order than the rest. An even count leaves no such block. The extra token lands behind the chunk, where the
+        # next one will overwrite it.
+        padding = count % 2
         tokens = np.pad(np.where(feature_index >= 0, 0, token_ids).astype(np.int64), (0, padding))
         binding = self._binding(row, 1)
         binding.prefill(

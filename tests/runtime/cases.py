@@ -1,0 +1,142 @@
+"""One sequence with images, and what transformers makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from engine.runtime import Decoder
+from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
+from tests.runtime.models import IMAGE_TOKEN
+
+VISION_START, VISION_END = 95, 96
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Random pixels in the place of an `ImageInput`."""
+
+    pixels: NDArray[np.uint8] = field(repr=False)
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """Token ids [T], positions [axes, T], rows of features [T]; logits [T, vocab] are the reference's."""
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    feature_index: NDArray[np.int64]
+    pictures: list[Picture]
+    features: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def pictures(spec: ModelSpec, shapes: Sequence[tuple[int, int]], seed: int) -> list[Picture]:
+    """One per shape: SigLIP takes (rows, columns) of split tiles, Qwen2-VL (height, width) in patches."""
+    random = np.random.default_rng(seed)
+    made = []
+    for height, width in shapes:
+        if isinstance(spec.vision, SiglipSpec):
+            tiles = height * width + 1 if height else 1
+            size: tuple[int, ...] = (tiles, 3, spec.vision.tile, spec.vision.tile)
+            grid, tokens = (1, height, width), tiles * spec.vision.tokens_per_tile
+        else:
+            assert isinstance(spec.vision, QwenVisionSpec)
+            size = (height * width, 3 * spec.vision.temporal_patch * spec.vision.patch**2)
+            grid, tokens = (1, height, width), height * width // spec.vision.merge**2
+        made.append(Picture(random.integers(0, 256, size, dtype=np.uint8), grid, tokens))
+    return made
+
+
+def make_case(model: PreTrainedModel, spec: ModelSpec, images: list[Picture], length: int, seed: int) -> Case:
+    """Random text around the images, `length` tokens in all."""
+    random = np.random.default_rng(seed)
+    token_ids = random.integers(3, VISION_START, length)
+    at = 3
+    for image in images:
+        token_ids[at] = VISION_START
+        token_ids[at + 1 : at + 1 + image.tokens] = IMAGE_TOKEN
+        token_ids[at + 1 + image.tokens] = VISION_END
+        at += image.tokens + 4
+    assert at < length, "the images do not fit"
+    index = np.full(length, -1)
+    is_image = token_ids == IMAGE_TOKEN
+    index[is_image] = np.arange(is_image.sum())
+    inputs = _reference_inputs(spec, images, token_ids)
+    positions, features = np.arange(length)[None], np.zeros((0, spec.decoder.hidden), np.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(token_ids)[None], **inputs).logits[0].numpy()
+        if images:
+            features = _reference_features(model, inputs)
+        if spec.decoder.rope.axes == 3:
+            text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+            positions = model.model.get_rope_index(torch.tensor(token_ids)[None], **text)[0][:, 0].numpy()
+    return Case(token_ids, positions, index, images, features, logits)
+
+
+def _reference_inputs(spec: ModelSpec, images: list[Picture], token_ids: NDArray[np.int64]) -> dict[str, Any]:
+    three_axis = spec.decoder.rope.axes == 3
+    types = torch.tensor((token_ids == IMAGE_TOKEN).astype(np.int64))[None]
+    if not images:
+        return {"mm_token_type_ids": types} if three_axis else {}
+    assert spec.vision is not None
+    pixels = np.concatenate([image.pixels for image in images])
+    if isinstance(spec.vision, SiglipSpec):
+        return {"pixel_values": torch.tensor(_normalise(pixels.swapaxes(1, 3), spec.vision.norm).swapaxes(1, 3))[None]}
+    channels = pixels.reshape(len(pixels), 3, -1)
+    patches = _normalise(channels.swapaxes(1, 2), spec.vision.norm).swapaxes(1, 2).reshape(pixels.shape)
+    grid = torch.tensor([image.grid for image in images])
+    return {"pixel_values": torch.tensor(patches), "image_grid_thw": grid, "mm_token_type_ids": types}
+
+
+def _normalise(pixels: NDArray[np.uint8], norm: PixelNorm) -> NDArray[np.float32]:
+    """Channels last."""
+    normalised: NDArray[Any] = (pixels * norm.rescale - np.array(norm.mean)) / np.array(norm.std)
+    return normalised.astype(np.float32)
+
+
+def _reference_features(model: PreTrainedModel, inputs: dict[str, Any]) -> NDArray[np.float32]:
+    pixels = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    output = model.model.get_image_features(**pixels).pooler_output
+    output = torch.cat(list(output)) if isinstance(output, list | tuple) else output
+    features: NDArray[np.float32] = output.reshape(-1, output.shape[-1]).numpy()
+    return features
+
+
+def prefill(
+    decoder: Decoder, row: int, case: Case, start: int, stop: int, chunk: int = 1 << 30, features: Any = None
+) -> NDArray[np.float32]:
+    """Logits of all tokens in [start, stop), computed `chunk` at a time."""
+    features = case.features if features is None else features
+    parts = []
+    for begin in range(start, stop, chunk):
+        part = slice(begin, min(begin + chunk, stop))
+        inputs = (case.token_ids[part], case.positions[:, part], features, case.feature_index[part])
+        parts.append(decoder.prefill(row, begin, *inputs, logits="all"))
+    return np.concatenate(parts)
+
+
+def decode(decoder: Decoder, steps: Sequence[tuple[int, Case, int]]) -> NDArray[np.float32]:
+    """One step for (row, case, tokens the row holds) each."""
+    return decoder.decode(
+        [row for row, _, _ in steps],
+        np.array([case.token_ids[length] for _, case, length in steps]),
+        np.stack([case.positions[:, length] for _, case, length in steps], axis=1),
+        np.array([length for _, _, length in steps]),
+    )
+
+
+def relative_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    assert found.shape == wanted.shape
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

@@ -1,0 +1,106 @@
+"""A tiny model of each family with its artifacts, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from engine.checkpoints import Artifact, Checkpoint, open_artifact
+from engine.runtime import Decoder, Encoder
+from engine.spec import ModelSpec, Precision
+from tests.runtime import models
+from tests.runtime.cases import Case, make_case, pictures
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "smolvlm": models.smolvlm,
+    "idefics3": models.idefics3,
+    "qwen2_vl": models.qwen2_vl,
+    "llama": lambda: models.llama(head_dim=32, num_key_value_heads=1, mlp_bias=True, attention_bias=True),
+    "qwen2": lambda: models.qwen2(num_key_value_heads=4, tie_word_embeddings=True),
+}
+# Split and unsplit tiles; grids of several sizes, two of them alike.
+SHAPES = {
+    "smolvlm": [(0, 0), (1, 2), (0, 0)],
+    "idefics3": [(2, 2), (0, 0)],
+    "qwen2_vl": [(4, 6), (2, 2), (4, 6), (8, 2)],
+    "llama": [],
+    "qwen2": [],
+}
+ROWS, CONTEXT, PROMPT, STEPS = 6, 160, 113, 32
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One model: the reference, and ours in both precisions."""
+
+    name: str
+    reference: PreTrainedModel
+    checkpoint: Checkpoint
+    storage: Path
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    def artifact(self, precision: Precision) -> Artifact:
+        return open_artifact(self.checkpoint, precision, self.storage)
+
+    def decoder(self, precision: Precision) -> Decoder:
+        return Decoder(self.artifact(precision), rows=ROWS, context_length=CONTEXT, threads=2)
+
+    def encoder(self, precision: Precision) -> Encoder:
+        return Encoder(self.artifact(precision), threads=2)
+
+    def case(self) -> Case:
+        """PROMPT + STEPS tokens, with the family's images."""
+        return _case(self)
+
+    def text_case(self, length: int, seed: int) -> Case:
+        return make_case(self.reference, self.spec, [], length, seed)
+
+    def features(self, precision: Precision) -> NDArray[np.float32]:
+        """What our own encoder makes of the case's images."""
+        case = self.case()
+        if not case.pictures:
+            return case.features
+        return np.concatenate(self.encoder(precision).encode(case.pictures))
+
+
+def _case(tiny: Tiny) -> Case:
+    return _cases(tiny.name, tiny.storage)
+
+
+_TINY: dict[tuple[str, Path], Tiny] = {}
+
+
+@cache
+def _cases(name: str, storage: Path) -> Case:
+    tiny = _TINY[name, storage]
+    images = pictures(tiny.spec, SHAPES[name], seed=1)
+    return make_case(tiny.reference, tiny.spec, images, PROMPT + STEPS, seed=2)
+
+
+@pytest.fixture(scope="session", params=list(MODELS))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return _make(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl"])
+def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return _make(request.param, tmp_path_factory)
+
+
+def _make(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    storage = tmp_path_factory.getbasetemp() / "storage"
+    if (name, storage) not in _TINY:
+        reference = models.randomise(MODELS[name](), seed=len(_TINY))
+        folder = models.save(reference, tmp_path_factory.mktemp(name))
+        _TINY[name, storage] = Tiny(name, reference, Checkpoint.open(folder), storage)
+    return _TINY[name, storage]

@@ -1,0 +1,122 @@
+"""Tiny models with random weights, as transformers makes and saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+
+IMAGE_TOKEN = 97
+VOCAB = 101
+CONTEXT = 256
+
+
+def _text(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | changes
+
+
+def _siglip() -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 32,
+        "patch_size": 4,
+    }
+
+
+def smolvlm(**text: Any) -> PreTrainedModel:
+    config = SmolVLMConfig(
+        text_config={"model_type": "llama", **_text(**text)},
+        vision_config=_siglip(),
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+        tie_word_embeddings=True,
+    )
+    return SmolVLMForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+
+
+def idefics3() -> PreTrainedModel:
+    config = Idefics3Config(
+        # 24 / 4 = 6 patches on a side, where rounding moves some of them to their neighbour's position.
+        text_config={"model_type": "llama", **_text(num_key_value_heads=4)},
+        vision_config=_siglip() | {"image_size": 24},
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=3,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    return Idefics3ForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+
+
+def qwen2_vl(**text: Any) -> PreTrainedModel:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        text_config=_text(rope_parameters=rope, **text),
+        vision_config={
+            "depth": 2,
+            "embed_dim": 72,
+            "hidden_size": 64,
+            "num_heads": 3,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        },
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=98,
+        vision_start_token_id=95,
+        vision_end_token_id=96,
+    )
+    return Qwen2VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_text(**changes)))  # type: ignore[no-untyped-call]
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**_text(**changes)))  # type: ignore[no-untyped-call]
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Large enough weights that every part shows in the logits; norms and biases away from one and zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(noise * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            else:
+                parameter.copy_(noise * (parameter.shape[-1] if parameter.dim() == 2 else 48) ** -0.5)
+    model.train(False)
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder

@@ -1,0 +1,73 @@
+"""What a row gets does not depend, to the bit, on how and with whom it was computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.runtime import Decoder
+from engine.spec import Precision
+from tests.runtime.cases import decode, pictures, prefill
+from tests.runtime.conftest import CONTEXT, PROMPT, ROWS, Tiny
+
+both_precisions = pytest.mark.parametrize("precision", ["fp32", "int8"])
+
+
+@both_precisions
+def test_any_chunking_gives_the_same_logits_and_kv(tiny: Tiny, precision: Precision) -> None:
+    case, decoder = tiny.case(), tiny.decoder(precision)
+    whole = prefill(decoder, 0, case, 0, PROMPT)
+    kv = decoder.read_kv(0, 0, PROMPT)
+    for chunk in (1, 2, 5, 16, 33, 64, 97, 112):
+        assert np.array_equal(prefill(decoder, 1, case, 0, PROMPT, chunk), whole), chunk
+        assert np.array_equal(decoder.read_kv(1, 0, PROMPT), kv), chunk
+
+
+@both_precisions
+def test_a_row_decodes_alone_as_in_a_batch_of_any_size_and_order(tiny: Tiny, precision: Precision) -> None:
+    case, decoder = tiny.case(), tiny.decoder(precision)
+    lengths = (3, 20, 64, 65, 90, PROMPT)
+    for row, length in enumerate(lengths):
+        prefill(decoder, row, case, 0, length)
+    alone = [decode(decoder, [(row, case, length)])[0] for row, length in enumerate(lengths)]
+    for members in ((0, 1), (5, 3), (1, 2, 4), (4, 0, 2, 5), (5, 4, 3, 2, 1, 0)):
+        together = decode(decoder, [(row, case, lengths[row]) for row in members])
+        for row, logits in zip(members, together, strict=True):
+            assert np.array_equal(logits, alone[row]), (members, row)
+
+
+@both_precisions
+def test_a_restored_prefix_continues_as_a_computed_one(tiny: Tiny, precision: Precision) -> None:
+    case, decoder = tiny.case(), tiny.decoder(precision)
+    whole = prefill(decoder, 0, case, 0, PROMPT)
+    for length in (1, 16, 64, PROMPT - 1):
+        decoder.release(4)
+        decoder.write_kv(4, 0, decoder.read_kv(0, 0, length))
+        assert np.array_equal(prefill(decoder, 4, case, length, PROMPT), whole[length:]), length
+    assert np.array_equal(decode(decoder, [(4, case, PROMPT)]), decode(decoder, [(0, case, PROMPT)]))
+
+
+@both_precisions
+def test_the_number_of_threads_does_not_show(tiny: Tiny, precision: Precision) -> None:
+    case = tiny.case()
+    results = []
+    for threads in (1, 2, 3):
+        decoder = Decoder(tiny.artifact(precision), rows=ROWS, context_length=CONTEXT, threads=threads)
+        prompt = prefill(decoder, 0, case, 0, PROMPT)
+        results.append(np.concatenate([prompt, decode(decoder, [(0, case, PROMPT)])]))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+@both_precisions
+def test_an_image_gets_the_same_features_alone_as_with_others(
+    tiny_vlm: Tiny, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_vlm.encoder(precision)
+    images = pictures(tiny_vlm.spec, [(2, 2), (4, 2), (2, 2), (2, 4), (4, 2), (2, 2)], seed=7)
+    together = encoder.encode(images)
+    for image, features in zip(images, together, strict=True):
+        assert np.array_equal(encoder.encode([image])[0], features)
+    monkeypatch.setattr("engine.runtime.encoder.PATCHES_PER_CALL", 1)
+    for features, split in zip(together, encoder.encode(images), strict=True):
+        assert np.array_equal(features, split)

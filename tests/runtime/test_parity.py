@@ -1,0 +1,60 @@
+"""In fp32, logits and features are transformers' to 1e-4."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.runtime.cases import decode, prefill, relative_error
+from tests.runtime.conftest import PROMPT, STEPS, Tiny
+
+TOLERANCE = 1e-4
+
+
+def test_image_features_are_the_references(tiny_vlm: Tiny) -> None:
+    case = tiny_vlm.case()
+    features = tiny_vlm.encoder("fp32").encode(case.pictures)
+    assert [len(part) for part in features] == [picture.tokens for picture in case.pictures]
+    assert relative_error(np.concatenate(features), case.features) < TOLERANCE
+
+
+def test_prefill_with_images_and_32_decode_steps_give_the_references_logits(tiny: Tiny) -> None:
+    case, decoder, features = tiny.case(), tiny.decoder("fp32"), tiny.features("fp32")
+    prompt = prefill(decoder, 2, case, 0, PROMPT, features=features)
+    assert relative_error(prompt, case.logits[:PROMPT]) < TOLERANCE
+    steps = [decode(decoder, [(2, case, PROMPT + step)])[0] for step in range(STEPS)]
+    assert relative_error(np.stack(steps), case.logits[PROMPT:]) < TOLERANCE
+
+
+def test_a_prompt_in_chunks_gives_the_references_logits(tiny: Tiny) -> None:
+    case, decoder, features = tiny.case(), tiny.decoder("fp32"), tiny.features("fp32")
+    for row, chunk in enumerate((1, 7, 64)):
+        logits = prefill(decoder, row, case, 0, len(case), chunk, features)
+        assert relative_error(logits, case.logits) < TOLERANCE, chunk
+
+
+def test_rows_of_different_lengths_decode_together_while_others_wait_or_prefill(tiny: Tiny) -> None:
+    case, decoder = tiny.case(), tiny.decoder("fp32")
+    others = [tiny.text_case(length, seed) for length, seed in ((40, 3), (70, 4), (33, 5))]
+    # Rows 1 and 3 lie between the decoding ones: one half prefilled, one empty.
+    for row, sequence, held in ((0, others[0], 5), (2, case, PROMPT), (4, others[1], 30), (5, others[2], 1)):
+        prefill(decoder, row, sequence, 0, held)
+    prefill(decoder, 1, case, 0, 50)
+    found: dict[int, list[np.ndarray]] = {row: [] for row in (0, 2, 4, 5)}
+    for step in range(STEPS):
+        rows = [(4, others[1], 30 + step), (0, others[0], 5 + step), (2, case, PROMPT + step), (5, others[2], 1 + step)]
+        for (row, _, _), logits in zip(rows, decode(decoder, rows), strict=True):
+            found[row].append(logits)
+    assert relative_error(np.stack(found[2]), case.logits[PROMPT:]) < TOLERANCE
+    for row, sequence, held in ((0, others[0], 5), (4, others[1], 30), (5, others[2], 1)):
+        assert relative_error(np.stack(found[row]), sequence.logits[held : held + STEPS]) < TOLERANCE
+    # The waiting row was not touched: its prefill goes on.
+    assert relative_error(prefill(decoder, 1, case, 50, PROMPT), case.logits[50:PROMPT]) < TOLERANCE
+
+
+def test_a_prefix_put_back_from_another_row_continues_as_the_reference(tiny: Tiny) -> None:
+    case, decoder = tiny.case(), tiny.decoder("fp32")
+    prefill(decoder, 0, case, 0, 64)
+    decoder.write_kv(3, 0, decoder.read_kv(0, 0, 32))
+    decoder.write_kv(3, 32, decoder.read_kv(0, 32, 64))
+    assert relative_error(prefill(decoder, 3, case, 64, PROMPT), case.logits[64:PROMPT]) < TOLERANCE
+    assert relative_error(decode(decoder, [(3, case, PROMPT)]), case.logits[PROMPT : PROMPT + 1]) < TOLERANCE

@@ -86,7 +86,7 @@ class Session:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         deadline = self.sent_at + self.daemon.rules.request_s
         try:
-            while True:
+            while not self.closed:
                 message = self._next(deadline)
                 if message is _END:
                     return
@@ -274,6 +274,7 @@ class Daemon:
             if line != b"\n":
                 self._dispatch(line)
         self._fail_open_sessions()
+        self._stdout.close()
 
     def _dispatch(self, line: bytes) -> None:
         try:
@@ -333,6 +334,7 @@ class Daemon:
             kept += len(data)
             while kept - len(self._stderr[0]) >= self.rules.stderr_bytes:
                 kept -= len(self._stderr.popleft())
+        self._stderr_pipe.close()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(self.rules.silence_s / 4, 1)):

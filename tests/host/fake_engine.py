@@ -122,7 +122,7 @@ def _act(model: str, emit: OnEvent) -> None:
     if model == "spins":
         _thread(_spin)
     if model == "holds-the-gil":
-        _thread(lambda: ctypes.PyDLL(None).sleep(60))
+        _thread(_hold_the_gil)
     if model == "frees-the-gil":
         _thread(lambda: ctypes.CDLL(None).sleep(60))
     if model == "noise":
@@ -147,6 +147,11 @@ def _start(how: str) -> None:
         ctypes.PyDLL(None).sleep(60)
     if how == "slow":
         time.sleep(60)
+
+
+def _hold_the_gil() -> None:
+    time.sleep(0.2)  # so that whoever waits for the request's arrival hears of it
+    ctypes.PyDLL(None).sleep(60)
 
 
 def _spin() -> None:

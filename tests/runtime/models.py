@@ -64,7 +64,6 @@ def smolvlm(**text: Any) -> PreTrainedModel:
 
 def idefics3() -> PreTrainedModel:
     config = Idefics3Config(
-        # 24 / 4 = 6 patches on a side, where rounding moves some of them to their neighbour's position.
         text_config={"model_type": "llama", **_text(num_key_value_heads=4)},
         vision_config=_siglip() | {"image_size": 24},
         image_token_id=IMAGE_TOKEN,

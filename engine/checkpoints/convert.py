@@ -106,13 +106,21 @@ def _write_weights(checkpoint: Checkpoint, precision: Precision, file: Path) -> 
                 entries += _write_int8(stream, checkpoint, weight)
             else:
                 writer = _TensorWriter(stream, weight.name, "float32", weight.shape)
-                for block in checkpoint.blocks(weight):
+                for block in _finite_blocks(checkpoint, weight):
                     writer.write(block)
                 entries.append(writer.entry())
         stream.truncate()
         stream.flush()
         os.fsync(stream.fileno())
     return entries
+
+
+def _finite_blocks(checkpoint: Checkpoint, weight: Weight) -> Iterator[NDArray[np.float32]]:
+    for block in checkpoint.blocks(weight):
+        if not np.isfinite(block).all():
+            names = ", ".join(source.name for source in weight.sources)
+            raise CheckpointError(f"{checkpoint.folder} holds values that are not finite in {names}")
+        yield block
 
 
 def _size(weight: Weight, precision: Precision) -> int:
@@ -129,10 +137,8 @@ def _aligned(size: int) -> int:
 def _write_int8(stream: BinaryIO, checkpoint: Checkpoint, weight: Weight) -> list[TensorEntry]:
     values = _TensorWriter(stream, weight.name, "int8", weight.shape)
     scales = []
-    for block in checkpoint.blocks(weight):
+    for block in _finite_blocks(checkpoint, weight):
         quantised, scale = quantise_rows(block)
-        if not np.isfinite(scale).all():
-            raise CheckpointError(f"{checkpoint.folder}: {weight.sources[0].name} holds values that are not finite")
         values.write(quantised)
         scales.append(scale)
     entry = values.entry()

@@ -1,0 +1,236 @@
+"""An artifact is complete or absent, whatever happens while it is written, and is checked when it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.checkpoints import Artifact, Checkpoint, open_artifact
+from engine.checkpoints import convert as module
+from engine.checkpoints.quantise import quantise_rows
+from engine.errors import ArtifactError, CheckpointError, StorageError
+from engine.spec import Precision
+
+# Slow enough that a kill or a second process meets it half-way.
+CONVERT = """
+import sys, time
+from pathlib import Path
+from engine.checkpoints import Checkpoint, convert
+writer = convert._TensorWriter.write
+def slow(self, block):
+    time.sleep({pause})
+    writer(self, block)
+convert._TensorWriter.write = slow
+checkpoint = Checkpoint.open(Path(sys.argv[1]))
+print("ready", flush=True)
+convert.open_artifact(checkpoint, "int8", Path(sys.argv[2]))
+print("done", flush=True)
+"""
+
+
+def converting(checkpoint: Path, storage: Path, pause: float = 0.002) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CONVERT.format(pause=pause), str(checkpoint), str(storage)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def contents(storage: Path) -> list[str]:
+    """What is in the artifacts' folder besides lock files."""
+    return sorted(path.name for path in (storage / "artifacts").iterdir() if path.suffix != ".lock")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_artifact_holds_every_weight_of_the_checkpoint(saved: Path, tmp_path: Path, precision: Precision) -> None:
+    checkpoint = Checkpoint.open(saved)
+    artifact = open_artifact(checkpoint, precision, tmp_path)
+    for weight in checkpoint.weights():
+        source = np.concatenate(list(checkpoint.blocks(weight)))
+        if precision == "int8" and weight.kind != "plain":
+            values, scale = quantise_rows(source)
+            assert np.array_equal(artifact.tensor(weight.name), values)
+            assert np.array_equal(artifact.tensor(weight.name.removesuffix(".weight") + ".scale"), scale)
+        else:
+            assert np.array_equal(artifact.tensor(weight.name), source)
+    assert artifact.spec == checkpoint.spec
+    assert artifact.weight_bytes <= artifact.weights_path.stat().st_size
+    assert all(entry.offset % module.ALIGNMENT == 0 for entry in artifact.entries.values())
+
+
+def test_int8_is_less_than_a_third_of_fp32(saved: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(saved)
+    full, small = (open_artifact(checkpoint, precision, tmp_path) for precision in ("fp32", "int8"))
+    assert small.weight_bytes < full.weight_bytes / 2.7
+    assert small.digest != full.digest
+
+
+def test_tensors_cannot_be_written_to(saved: Path, tmp_path: Path) -> None:
+    artifact = open_artifact(Checkpoint.open(saved), "fp32", tmp_path)
+    with pytest.raises(ValueError, match="read-only"):
+        artifact.tensor("norm.weight")[0] = 1
+
+
+def test_a_second_opening_converts_nothing(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+    monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+    assert open_artifact(Checkpoint.open(saved), "int8", tmp_path).digest == first.digest
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no weights", "manifest", "no manifest", "format"])
+def test_a_damaged_artifact_is_converted_again(saved: Path, tmp_path: Path, damage: str) -> None:
+    checkpoint = Checkpoint.open(saved)
+    artifact = open_artifact(checkpoint, "int8", tmp_path)
+    wanted = artifact.tensor("layers.0.qkv.weight").copy()
+    weights, manifest = artifact.weights_path, artifact.folder / "artifact.json"
+    data = bytearray(weights.read_bytes())
+    if damage == "flip":
+        data[artifact.entries["layers.1.down.weight"].offset + 5] ^= 4
+        weights.write_bytes(data)
+    elif damage == "truncate":
+        weights.write_bytes(data[:-100])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "manifest":
+        manifest.write_text('{"tensors": [{"name": 3}]}')
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    with pytest.raises(ArtifactError):
+        Artifact.load(artifact.folder, artifact.digest, artifact.spec, "int8")
+    again = open_artifact(checkpoint, "int8", tmp_path)
+    assert np.array_equal(again.tensor("layers.0.qkv.weight"), wanted)
+    assert contents(tmp_path) == [again.folder.name]
+
+
+def test_an_artifact_of_another_spec_is_not_taken(saved: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(saved)
+    artifact = open_artifact(checkpoint, "int8", tmp_path)
+    other = dataclasses.replace(artifact.spec, family="other")
+    with pytest.raises(ArtifactError, match="describes another"):
+        Artifact.load(artifact.folder, artifact.digest, other, "int8")
+
+
+def test_a_conversion_killed_at_any_moment_leaves_no_artifact_and_the_next_one_cleans_up(
+    saved: Path, tmp_path: Path
+) -> None:
+    random.seed(5)
+    for _ in range(4):
+        process = converting(saved, tmp_path)
+        time.sleep(random.uniform(0, 0.12))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert all(name.endswith(".partial") for name in contents(tmp_path))
+    artifact = open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+    assert contents(tmp_path) == [artifact.folder.name]
+
+
+def test_another_checkpoints_leftover_is_removed_but_not_a_running_conversion(
+    saved: Path, folder: Path, tmp_path: Path
+) -> None:
+    dead = tmp_path / "artifacts" / "dead-int8-v1.partial"
+    dead.mkdir(parents=True)
+    (dead / "weights.bin").write_bytes(b"half")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    process = converting(folder, tmp_path, pause=0.02)
+    while not any((tmp_path / "artifacts").glob("*.partial/weights.bin")) or dead.exists():
+        assert process.poll() is None
+    running = [name for name in contents(tmp_path) if name.endswith(".partial")]
+    open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+    assert process.poll() is None, "still converting, or this test shows nothing"
+    assert running[0] in contents(tmp_path)
+    assert process.communicate()[0] == "done\n"
+    assert len(contents(tmp_path)) == 2
+
+
+def test_processes_that_convert_at_the_same_time_end_with_one_good_artifact(saved: Path, tmp_path: Path) -> None:
+    processes = [converting(saved, tmp_path, pause=0.001) for _ in range(3)]
+    assert [process.communicate()[0] for process in processes] == ["done\n"] * 3
+    artifact = open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+    assert contents(tmp_path) == [artifact.folder.name]
+
+
+def test_a_full_disk_is_a_storage_error_and_leaves_nothing(saved: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(saved)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="no space left"):
+            open_artifact(checkpoint, "int8", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == []
+    assert open_artifact(checkpoint, "int8", tmp_path).weight_bytes
+
+
+@pytest.mark.parametrize("step", ["posix_fallocate", "fsync"])
+def test_a_disk_that_fills_late_is_a_storage_error_and_leaves_nothing(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(StorageError, match="no space left"):
+        open_artifact(Checkpoint.open(saved), "fp32", tmp_path)
+    assert contents(tmp_path) == []
+
+
+def test_a_read_only_storage_folder_is_a_storage_error_unless_the_artifact_is_there(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(saved)
+    # The kernel's own file system refuses new folders to everyone, root included.
+    with pytest.raises(StorageError, match="cannot be"):
+        open_artifact(checkpoint, "int8", Path("/sys/tessera"))
+    artifact = open_artifact(checkpoint, "int8", tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert open_artifact(checkpoint, "int8", tmp_path).digest == artifact.digest
+    with pytest.raises(StorageError, match="cannot be written"):
+        open_artifact(checkpoint, "fp32", tmp_path)
+
+
+def test_a_file_in_the_artifacts_place_is_a_storage_error(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "artifacts").write_text("not a folder")
+    with pytest.raises(StorageError):
+        open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+
+
+def test_a_checkpoint_that_goes_away_meanwhile_is_a_checkpoint_error(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_artifact(checkpoint, "int8", tmp_path)
+    assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_numbers_are_refused(
+    folder: Path, tmp_path: Path, precision: Precision, value: float
+) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-4:] = np.float32(value).tobytes()
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not finite"):
+        open_artifact(Checkpoint.open(folder), precision, tmp_path)

@@ -34,8 +34,8 @@ def logits(model: Idefics3ForConditionalGeneration, features: Tensor, batch: dic
     """[sequences, tokens, vocabulary] of right-padded sequences."""
     text = model.model.text_model
     embedded = text.embed_tokens(batch["ids"])
-    at = batch["features"]
-    hidden = torch.where((at >= 0).unsqueeze(-1), features[at.clamp(min=0)].to(embedded.dtype), embedded)
+    rows = functional.pad(embedded.flatten(0, 1), (0, 0, 0, 1))  # the last row takes what is not used
+    hidden = rows.index_put((batch["places"],), features.to(rows.dtype))[:-1].view_as(embedded)
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
     rotation = text.rotary_emb(hidden, positions)
     for layer in text.layers:
@@ -55,8 +55,13 @@ def answers(model: Idefics3ForConditionalGeneration, samples: Iterable[Sample], 
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         features = image_features(model, batch["pixels"])
         rows = torch.arange(len(talks), device=device)
+        ended = torch.zeros(len(talks), dtype=torch.bool, device=device)
         for step in range(LONGEST_ANSWER):
-            batch["ids"][rows, lengths + step] = logits(model, features, batch)[rows, lengths + step - 1].argmax(-1)
+            token = logits(model, features, batch)[rows, lengths + step - 1].argmax(-1)
+            batch["ids"][rows, lengths + step] = token
+            ended |= token == END
+            if ended.all():
+                break
         for row, length in enumerate(lengths.tolist()):
             ids = batch["ids"][row, length : length + LONGEST_ANSWER].tolist()
             ids = ids[: ids.index(END)] if END in ids else ids

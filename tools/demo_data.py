@@ -8,7 +8,7 @@ import io
 import random
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -22,10 +22,8 @@ from tools import demo_questions as asks
 from tools.demo_model import AROUND_IMAGE, END, IMAGE, IMAGE_TOKENS, PAD, START, TILE, WHOLE_IMAGE
 from tools.demo_shapes import random_shape
 
-LENGTH = 176
-"""Tokens of a sequence with one image."""
-LONG_LENGTH = 352
-"""Tokens of a conversation with two images."""
+LENGTHS = {1: 176, 2: 352, 6: 2048}
+"""Tokens of a sequence with at most so many images. The last leaves room for a long system prompt."""
 IMAGE_IDS = [AROUND_IMAGE, WHOLE_IMAGE, *[IMAGE] * IMAGE_TOKENS, AROUND_IMAGE]
 ASSISTANT = [*b"Assistant: "]
 
@@ -69,10 +67,12 @@ class Pictured:
 
 
 class DemoBatches(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless batches; every worker draws its own. One batch in eight holds conversations with two images.
+    """Endless batches; every worker draws its own. Two batches in sixteen hold conversations with two images, one has
+    long conversations with up to six.
 
     A batch: `pixels` uint8 [images, TILE, TILE, 3]; `ids`, `labels` (-100 where nothing is learned) int64
-    [sequences, tokens]; `features` int64, where each token's image feature is among [images * IMAGE_TOKENS], or -1.
+    [sequences, tokens]; `places` int64 [images * IMAGE_TOKENS], the token that each image feature replaces, counted
+    over all sequences, or their number of tokens for the features of unused images.
     """
 
     def __init__(self, images: int, seed: int) -> None:
@@ -83,18 +83,19 @@ class DemoBatches(IterableDataset[dict[str, torch.Tensor]]):
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(f"demo batches {self.seed} {worker.id if worker else 0}")
         while True:
-            if rng.randrange(8):
-                yield collated([conversation(rng, 1) for _ in range(self.images)], LENGTH, self.images)
-            else:
-                talks = [conversation(rng, 2) for _ in range(self.images // 2)]
-                yield collated(talks, LONG_LENGTH, self.images)
+            images, sequences = rng.choices(((1, 1), (2, 2), (6, 16)), (13, 2, 1))[0]
+            talks = [conversation(rng, images) for _ in range(self.images // sequences)]
+            yield collated(talks, LENGTHS[images], self.images)
 
 
 def conversation(rng: random.Random, images: int) -> Conversation:
     """A conversation about at most `images` images that fits the length for as many."""
-    room = LENGTH if images == 1 else LONG_LENGTH
+    room = LENGTHS[images]
     talk = Conversation()
-    if rng.random() < 0.15 * images:
+    if images > 2:
+        images = rng.randint(1, images)
+        talk.system(asks.long_system_prompt(words("train"), room - 200 * images - 100, rng))
+    elif rng.random() < 0.15 * images:
         talk.system(asks.system_prompt(words("train"), rng)[: 40 * images])
     if rng.random() < 0.04:
         talk.turn(*_reworded(asks.without_image(words("train"), rng), rng))
@@ -128,6 +129,9 @@ def printed_word(rng: random.Random) -> Pictured:
     """A word that evaluation never asks for, or random letters; a little more varied than evaluation's."""
     text = in_some_case(training_word(rng), rng)
     style = printed_words.random_print(rng, rng.choices(((14, 24), (16, 42), (42, 64)), (0.3, 0.63, 0.07))[0])
+    if rng.random() < 0.08 and style.line_height > 20:
+        left, top, right, bottom = (rng.uniform(0, 2.5) for _ in range(4))
+        style = replace(style, margins=(left, top, right, bottom))
     image = printed_words.printed(text, style, rng)
     quality = rng.choice((printed_words.QUALITY, printed_words.QUALITY, rng.randint(60, 95)))
     aged = Image.open(io.BytesIO(printed_words.encoded(image, quality)))
@@ -173,7 +177,7 @@ def collated(talks: list[Conversation], length: int, images: int) -> dict[str, t
     """The batch of these conversations; images that none uses stay black."""
     ids = np.full((len(talks), length), PAD, dtype=np.int64)
     labels = np.full((len(talks), length), -100, dtype=np.int64)
-    features = np.full((len(talks), length), -1, dtype=np.int64)
+    places = np.full(images * IMAGE_TOKENS, ids.size, dtype=np.int64)
     pixels = np.zeros((images, TILE, TILE, 3), dtype=np.uint8)
     used = 0
     for row, talk in enumerate(talks):
@@ -181,12 +185,12 @@ def collated(talks: list[Conversation], length: int, images: int) -> dict[str, t
         ids[row, : len(tokens)] = tokens
         learned = np.asarray(talk.learned[1:])
         labels[row, : len(tokens) - 1][learned] = tokens[1:][learned]
-        at = np.flatnonzero(tokens == IMAGE)
-        features[row, at] = used * IMAGE_TOKENS + np.arange(len(at))
+        at = np.flatnonzero(tokens == IMAGE) + row * length
+        places[used * IMAGE_TOKENS : used * IMAGE_TOKENS + len(at)] = at
         for picture in talk.tiles:
             pixels[used] = np.asarray(picture)
             used += 1
-    arrays = {"pixels": pixels, "ids": ids, "labels": labels, "features": features}
+    arrays = {"pixels": pixels, "ids": ids, "labels": labels, "places": places}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

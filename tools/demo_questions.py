@@ -27,6 +27,10 @@ _SHAPE = (
     "name the shape",
     "name the shape in the image",
     "tell me the shape",
+    "what is the shape called?",
+    "what is the name of the shape?",
+    "what geometric shape is this?",
+    "shape?",
 )
 _COLOUR = (
     "what color is the shape?",
@@ -46,6 +50,9 @@ _COLOUR = (
     "name the color",
     "name the color of the shape",
     "tell me the color of the {shape}",
+    "what colors are there?",
+    "in which color is the {shape} drawn?",
+    "color?",
 )
 _BOTH = (
     "describe the image",
@@ -128,6 +135,10 @@ _UNRELATED = (
     "what is the capital of {word}?",
     "what is {number} plus {number}?",
     "how many {word} are there?",
+    "how many shapes are there?",
+    "what color is the background?",
+    "what is the size of the shape?",
+    "what font is this?",
     "who invented the {word}?",
     "translate {word} into french",
     "what does {word} mean?",
@@ -222,6 +233,14 @@ def system_prompt(words: tuple[str, ...], rng: random.Random) -> str:
     if rng.random() < 0.6:
         return rng.choice(_SYSTEM)
     return " ".join(rng.choice(words) for _ in range(rng.randint(2, 9))).capitalize() + "."
+
+
+def long_system_prompt(words: tuple[str, ...], longest: int, rng: random.Random) -> str:
+    """Sentences of any words, up to so many characters."""
+    text = system_prompt(words, rng)
+    for _ in range(rng.randrange(60)):
+        text += rng.choice((" ", " ", "\n", "\n- ")) + system_prompt(words, rng)
+    return text[: rng.randint(0, longest)]
 
 
 def reworded(question: str, rng: random.Random) -> str:

@@ -21,6 +21,17 @@ RGB: dict[str, Colour] = {
     "yellow": (255, 255, 0),
 }
 """The colours of easy-vqa, as Pillow names them (its green is CSS lime)."""
+ALSO: dict[str, tuple[Colour, ...]] = {
+    "black": ((25, 25, 25),),
+    "gray": ((100, 100, 100), (160, 160, 160)),
+    "red": ((220, 20, 40), (230, 50, 50)),
+    "green": ((0, 128, 0), (0, 170, 60)),
+    "blue": ((20, 60, 220), (40, 120, 240)),
+    "teal": ((0, 150, 150),),
+    "brown": ((139, 69, 19), (120, 70, 40)),
+    "yellow": ((255, 215, 0), (240, 225, 50)),
+}
+"""Other shades that go by the same name."""
 OVERSAMPLING = 3
 
 
@@ -31,10 +42,10 @@ def random_shape(rng: random.Random) -> tuple[Image.Image, str, str]:
     width = round(height * rng.choice((1.0, 1.0, rng.uniform(0.7, 1.5))))
     extent = rng.uniform(0.12, 0.8) * min(width, height)
     centre = (rng.uniform(extent / 2, width - extent / 2), rng.uniform(extent / 2, height - extent / 2))
+    ink = jittered(rng.choice((RGB[colour], *ALSO[colour])), rng)
     paper = (rng.randint(220, 255), rng.randint(220, 255), rng.randint(220, 255))
-    ink = jittered(RGB[colour], rng)
-    if colour == "green" and rng.random() < 0.4:
-        ink = jittered((0, 160, 0), rng)
+    while rng.random() < 0.4 or max(abs(i - p) for i, p in zip(ink, paper, strict=True)) < 90:
+        paper = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
     return draw(shape, ink, paper, (width, height), centre, extent, rng.uniform(-12, 12), rng), shape, colour
 
 

@@ -31,7 +31,7 @@ from transformers import Idefics3ForConditionalGeneration
 
 from evaluation import easy_vqa, printed_words
 from tools.demo_check import accuracy, cross_entropy, image_features, int8_linear_layers, logits
-from tools.demo_data import DemoBatches, warm_caches
+from tools.demo_data import LENGTHS, DemoBatches, warm_caches
 from tools.demo_model import new_model, write_checkpoint
 from tools.muon import Muon
 
@@ -113,7 +113,7 @@ def main() -> None:
         train(training, options)
         training.save(options.output)
     if not options.skip_check:
-        check(training.model, options)
+        check(options)
 
 
 def train(training: Training, options: argparse.Namespace) -> None:
@@ -175,9 +175,9 @@ class Feed(Iterator[Batch]):
         return batch
 
     def one_of_each_length(self) -> list[Batch]:
-        """A short and a long batch, for compiling."""
+        """A batch of every shape, for compiling."""
         seen: dict[int, Batch] = {}
-        while len(seen) < 2:
+        while len(seen) < len(LENGTHS):
             batch = next(self)
             seen[batch["ids"].shape[1]] = batch
         return list(seen.values())
@@ -231,15 +231,14 @@ def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
         part.replace(folder / f"part-{index}.safetensors")
 
 
-def check(model: Idefics3ForConditionalGeneration, options: argparse.Namespace) -> None:
-    """Writes report.json: the accuracy of the fp16 weights, computed in fp32, and with int8 linear layers simulated."""
+def check(options: argparse.Namespace) -> None:
+    """Writes report.json: the accuracy of the saved checkpoint in fp32, and with int8 linear layers simulated."""
     torch.set_float32_matmul_precision("highest")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.half())
+    model = Idefics3ForConditionalGeneration.from_pretrained(options.output / "model", dtype=torch.float32)
+    model.to(options.device)
     data = {
-        "easy-vqa": list(easy_vqa.test_samples())[: options.check_limit],
         "words": list(printed_words.test_samples(1000, 0))[: options.check_limit],
+        "easy-vqa": list(easy_vqa.test_samples())[: options.check_limit],
     }
     report = {}
     for name, samples in data.items():
@@ -248,7 +247,7 @@ def check(model: Idefics3ForConditionalGeneration, options: argparse.Namespace) 
             int8_score, _ = accuracy(model, samples)
         report[name] = {"n": len(samples), "fp32": score, "int8": int8_score, "wrong": wrong[:60]}
         print(name, {k: v for k, v in report[name].items() if k != "wrong"}, wrong[:12], flush=True)
-    (options.output / "report.json").write_text(json.dumps(report, indent=1))
+        (options.output / "report.json").write_text(json.dumps(report, indent=1))
 
 
 def parsed_options() -> argparse.Namespace:

@@ -137,7 +137,7 @@ class PromptBuilder:
             return None
         token = self._spec.tokens.image
         text = None if token is None else self.tokenizer.token(token)
-        if text is None or self.tokenizer.encode(text) != [token]:
+        if token is None or text is None or not self.tokenizer.is_special(token):
             raise CheckpointError(
                 f"config.json's image token {token} is no special token of {folder / 'tokenizer.json'}"
             )

@@ -1,0 +1,168 @@
+"""Folders with tokenizers, templates and processors as transformers saves them, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from PIL import Image as Picture
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+from engine.request import Image, Message, Text
+from engine.spec import ModelSpec
+from tests.preprocess.specs import qwen_spec, siglip_spec
+
+SENTENCES = [
+    "What shape is in the image? Is it a circle, a square or a triangle?",
+    "The quick brown fox jumps over the lazy dog, again and again; what then?",
+    "User: Assistant: System: You are a helpful assistant.\n\nAnswer in one word.\n",
+    "Größe, naïve café, 你好 世界, привет мир, 👩‍👩‍👧 and 12345 numbers",
+]
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}{% elif message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% else %}"
+    "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def byte_level(special: list[str]) -> tokenizers.Tokenizer:
+    """Byte-level BPE as GPT-2, SmolVLM, Llama 3 and Qwen2 use it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=520,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*SENTENCES * 3, "\n\n"], trainer)
+    return tokenizer
+
+
+def sentencepiece(special: list[str]) -> tokenizers.Tokenizer:
+    """BPE with byte fallback and a prefix space, as Llama 2 uses it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES[:3] * 3, trainer)
+    saved = json.loads(tokenizer.to_str())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    return tokenizers.Tokenizer.from_str(json.dumps(saved))
+
+
+def wrapped(backend: tokenizers.Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint's folder, its spec, and the processor of transformers that was saved there."""
+
+    folder: Path
+    spec: ModelSpec
+    processor: Any
+
+    def inputs(self, messages: list[Message], pictures: list[Picture.Image]) -> Any:
+        text = self.processor.apply_chat_template(as_dicts(messages), add_generation_prompt=True)
+        return self.processor(text=[text], images=pictures or None, return_tensors="np")
+
+
+def as_dicts(messages: list[Message]) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+
+
+def smolvlm(folder: Path, *, template: str = SMOLVLM_TEMPLATE, bos: bool = False) -> Reference:
+    """Tiles of 32 pixels, 16 tokens each; images of up to 3 x 3 tiles; row and column tokens only up to 2 x 2."""
+    special = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
+    special += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    backend = byte_level(special)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    tokenizer = wrapped(backend, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<pad>")
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=template)
+    processor.save_pretrained(folder)
+    return Reference(folder, siglip_spec(32, patch=4, shuffle=2, image=processor.image_token_id), processor)
+
+
+def qwen2_vl(folder: Path, *, template: str = QWEN_TEMPLATE) -> Reference:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    backend = byte_level([*special, "<|video_pad|>"])
+    backend.add_tokens([AddedToken("<tool_call>", special=False)])
+    tokenizer = wrapped(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 30})
+    processor = _Qwen2VLProcessor(images, tokenizer, chat_template=template)
+    processor.save_pretrained(folder)
+    return Reference(folder, qwen_spec(image=processor.image_token_id), processor)
+
+
+class _Qwen2VLProcessor(Qwen2VLProcessor):
+    """Without video, whose processor needs packages that nothing else here needs."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def llama(folder: Path) -> PreTrainedTokenizerFast:
+    """A text-only checkpoint in the style of Llama 2: no system role."""
+    tokenizer = wrapped(sentencepiece(["<unk>", "<s>", "</s>"]), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def picture(width: int, height: int) -> Picture.Image:
+    return Picture.fromarray(np.zeros((height, width, 3), np.uint8))
+
+
+def question(*parts: str | Picture.Image) -> Message:
+    return Message("user", tuple(Text(part) if isinstance(part, str) else Image(b"") for part in parts))
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -34,7 +34,8 @@ class Store[T]:
     """Values by key. Any thread may call; none waits for a write, and nothing that the disk does raises here.
 
     `encode(key, value)` gives the bytes to keep; `decode(key, blob)` the value again, or None for anything unexpected,
-    which is then removed. Entries used least recently go first when `size_limit_bytes` is reached.
+    which is then removed. Entries used least recently go first when `size_limit_bytes` is reached; SQLite's log adds
+    up to 4 MiB to that.
     """
 
     def __init__(
@@ -147,18 +148,22 @@ class Store[T]:
         if self._database is None and time.monotonic() < self._retry_at:
             return None
         self._close_database()
-        self._database = open_database(self._folder, self._size_limit)
-        return self._database
+        return self._open_database()
 
     def _start_over(self, damaged: Inode | None) -> None:
         self._close_database()
         try:
             discard(self._folder, damaged)
-            self._database = open_database(self._folder, self._size_limit)
+            self._open_database()
             logger.info("the cache in %s was damaged and has been started anew", self._folder)
         except CACHE_ERRORS as error:
             self._retry_at = time.monotonic() + RETRY_S
             self._complain("started anew", error)
+
+    def _open_database(self) -> Database:
+        self._database = open_database(self._folder, self._size_limit)
+        self._read_at = 0.0
+        return self._database
 
     def _close_database(self) -> None:
         database, self._database = self._database, None

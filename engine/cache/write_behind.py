@@ -55,7 +55,9 @@ class WriteBehind:
         if not self._thread.is_alive():
             return True
         with self._changed:
+            self._unfinished -= len(self._jobs)
             self._jobs.clear()
+            self._bytes = 0
         return False
 
     def _run(self) -> None:

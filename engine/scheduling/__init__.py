@@ -1,0 +1,1 @@
+"""Sequences, the scheduler, the KV budget and the prefix index."""

@@ -1,0 +1,284 @@
+"""The engine: submit a request, get a stream of events.
+
+    submit -> prepare (worker thread: pixels, prompt, cache) -> step loop (schedule, run, sample, commit) -> events
+
+A plain library: no Dify, no sockets, no gevent. Several threads may call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cache import Answer, AnswerCache, FeatureCache, answer_key, feature_key
+from engine.catalog import find_checkpoint, known_models
+from engine.config import EngineConfig
+from engine.errors import (
+    ContextOverflow,
+    DeadlineExceeded,
+    EngineError,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+)
+from engine.job import Job
+from engine.loop import StepLoop
+from engine.model import Model, load_model
+from engine.preprocess import ImageInput
+from engine.prompts import Prompt
+from engine.request import Chunk, Finished, Image, Message, Request, Timings
+from engine.sampling import SamplerState
+from engine.scheduling.sequence import Sequence
+from engine.storage import open_storage
+from engine.stream import OnEvent, Stream
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Raises StorageError when the storage folder cannot be used."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        open_storage(config.storage)
+        self._answers, self._features = _open_caches(config)
+        self._lock = threading.Lock()
+        self._open: set[Stream] = set()
+        self._models: dict[str, Future[Model]] = {}
+        self._jobs_lock = threading.Lock()
+        self._jobs: dict[bytes, Job] = {}  # deterministic work under way, by answer key
+        self._numbers = 0
+        self._closing = False
+        self._loader = ThreadPoolExecutor(1, "engine-load")
+        self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
+        self._loop = StepLoop(housekeeping=self._expire, on_features=self._keep_features)
+
+    def submit(self, request: Request, on_event: OnEvent | None = None) -> Stream:
+        """Accept a request. Raises at once: InvalidRequest, UnknownModel, QueueFull, EngineStopped.
+
+        Everything else that goes wrong ends the stream with the error.
+        """
+        if len(request.images) > self.config.max_images:
+            raise InvalidRequest(
+                f"{len(request.images)} images in one request; the limit is {self.config.max_images} (max_images)"
+            )
+        find_checkpoint(request.model, self.config.storage)
+        accepted = time.monotonic()
+        limit = self.config.request_timeout_s if request.timeout_s is None else request.timeout_s
+        stream = Stream(on_event, deadline=accepted + min(limit, self.config.request_timeout_s), on_end=self._ended)
+        with self._lock:
+            if self._closing:
+                raise EngineStopped("the engine is shutting down")
+            if len(self._open) >= self.config.max_batch_size + self.config.max_waiting:
+                raise QueueFull(
+                    f"the queue is full ({self.config.max_waiting} waiting); try again or raise max_waiting"
+                )
+            self._open.add(stream)
+        start = partial(self._prepare, request, stream, accepted)
+        self._model(request.model).add_done_callback(lambda model: self._workers.submit(start, model))
+        return stream
+
+    def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
+        """Tokens of the prompt, images included. Blocks while the model loads."""
+        loaded = self.load(model)
+        images = tuple(part for message in messages for part in message.parts if isinstance(part, Image))
+        return len(loaded.prompts.build(messages, loaded.layouts(images)).token_ids)
+
+    def load(self, name: str) -> Model:
+        """Load a model now instead of at its first request; blocks."""
+        find_checkpoint(name, self.config.storage)
+        return self._model(name).result()
+
+    def status(self) -> dict[str, Any]:
+        """Plain values about what is loaded and under way."""
+        with self._lock:
+            models = {name: future for name, future in self._models.items() if future.done()}
+            waiting = len(self._open)
+        return {
+            "open_requests": waiting,
+            "known_models": sorted(known_models(self.config.storage)),
+            "models": {name: _model_status(future.result()) for name, future in models.items()},
+        }
+
+    def close(self) -> None:
+        """Fail open requests, write out the caches, end all threads."""
+        with self._lock:
+            self._closing = True
+            streams = list(self._open)
+        for stream in streams:
+            stream.push(EngineStopped("the engine is shutting down"))
+        self._loader.shutdown(cancel_futures=True)
+        self._workers.shutdown(cancel_futures=True)
+        self._loop.close()
+        for cache in (self._answers, self._features):
+            if cache is not None:
+                cache.close()
+
+    def _model(self, name: str) -> Future[Model]:
+        """The model, loaded once however many ask; a failed load is tried again by the next request."""
+        with self._lock:
+            future = self._models.get(name)
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._models[name] = self._loader.submit(load_model, name, self.config)
+            return future
+
+    def _prepare(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
+        try:
+            if not stream.has_ended:
+                self._start(loaded.result(), request, stream, accepted)
+        except EngineError as error:
+            stream.push(error)
+        except Exception as error:
+            logger.exception("preparing a request failed")
+            stream.push(EngineError(f"preparing the request failed: {error}"))
+
+    def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
+        """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
+        layouts = model.layouts(request.images)
+        prompt = model.prompts.build(request.messages, layouts)
+        max_tokens = _fit(len(prompt.token_ids), request.sampling.max_tokens, model.context_length)
+        key = self._answer_key(model, request, prompt)
+        if key is not None and self._answers is not None and (answer := self._answers.get(key)) is not None:
+            _replay(answer, stream, accepted)
+            return
+        with self._jobs_lock:
+            if key is not None and key in self._jobs and self._jobs[key].subscribe(stream):
+                return
+            job = self._new_job(model, request, prompt, stream, accepted, max_tokens, key)
+            self._numbers += 1
+            number = self._numbers
+        try:
+            features = [self._known_features(model, layout.key) for layout in layouts]
+            images = self._pixels(model, request, layouts, features)
+            sampler = SamplerState(request.sampling, prompt.token_ids)
+            self._loop.add(model, Sequence(number, prompt, images, features, sampler, job))
+        except EngineError as error:
+            job.fail(error)
+        except Exception:
+            job.fail(EngineError("preparing the request failed"))
+            raise
+
+    def _pixels(
+        self,
+        model: Model,
+        request: Request,
+        layouts: list[ImageInput],
+        features: list[NDArray[np.float32] | None],
+    ) -> tuple[ImageInput, ...]:
+        """The images as the tower takes them; those whose features are known stay without pixels."""
+        return tuple(
+            layout if known is not None else model.image_input(image.data, self.config.max_image_megapixels)
+            for image, layout, known in zip(request.images, layouts, features, strict=True)
+        )
+
+    def _answer_key(self, model: Model, request: Request, prompt: Prompt) -> bytes | None:
+        if not (self.config.cache_enabled and request.sampling.is_deterministic):
+            return None
+        keys = [span.key for span in prompt.image_spans]
+        return answer_key(model.artifact.digest, prompt.token_ids, keys, request.sampling)
+
+    def _new_job(
+        self,
+        model: Model,
+        request: Request,
+        prompt: Prompt,
+        stream: Stream,
+        accepted: float,
+        max_tokens: int,
+        key: bytes | None,
+    ) -> Job:
+        """New work; others may join it until it is over, and its answer is kept when it may be."""
+
+        def keep(text: str, finished: Finished) -> None:
+            if key is not None and self._answers is not None:
+                self._answers.put(key, Answer(text, finished.reason, finished.usage))
+
+        def forget() -> None:
+            with self._jobs_lock:
+                if key is not None and self._jobs.get(key) is job:
+                    del self._jobs[key]
+
+        job = Job(
+            replace(request.sampling, max_tokens=max_tokens),
+            prompt,
+            stream,
+            detokenizer=model.prompts.detokenizer(),
+            eos=frozenset(model.artifact.spec.tokens.eos),
+            accepted=accepted,
+            on_finish=keep,
+            on_end=forget,
+        )
+        if key is not None:
+            self._jobs[key] = job
+        return job
+
+    def _known_features(self, model: Model, key: bytes) -> NDArray[np.float32] | None:
+        return None if self._features is None else self._features.get(feature_key(key, model.artifact.digest))
+
+    def _keep_features(self, model: Model, key: bytes, features: NDArray[np.float32]) -> None:
+        if self._features is not None:
+            self._features.put(feature_key(key, model.artifact.digest), features)
+
+    def _expire(self) -> None:
+        """Called by the step loop between steps."""
+        now = time.monotonic()
+        with self._lock:
+            expired = [stream for stream in self._open if stream.deadline <= now]
+        for stream in expired:
+            stream.push(DeadlineExceeded("the request did not finish within its time limit; raise it or ask for less"))
+
+    def _ended(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.discard(stream)
+        self._loop.wake()
+
+
+def _open_caches(config: EngineConfig) -> tuple[AnswerCache | None, FeatureCache | None]:
+    if not config.cache_enabled:
+        return None, None
+    folder, expiry_s = config.storage / "cache", config.cache_expiry_hours * 3600
+    return (
+        AnswerCache(folder, size_limit_bytes=config.answer_cache_mib << 20, expiry_s=expiry_s),
+        FeatureCache(folder, size_limit_bytes=config.feature_cache_mib << 20),
+    )
+
+
+def _fit(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
+    """Output tokens that the context has room for. Raises ContextOverflow when the prompt fills it."""
+    room = context_length - prompt_tokens
+    if room < 1:
+        raise ContextOverflow(
+            f"the prompt is {prompt_tokens} tokens; the context holds {context_length}, the answer included. "
+            "Shorten the prompt, use fewer images, or raise kv_cache_mib if that is the smaller limit"
+        )
+    return min(max_tokens, room)
+
+
+def _replay(answer: Answer, stream: Stream, accepted: float) -> None:
+    """A kept answer as the stream of one chunk."""
+    elapsed = time.monotonic() - accepted
+    if answer.text:
+        stream.push(Chunk(answer.text, answer.usage.completion_tokens))
+    stream.push(Finished(answer.reason, answer.usage, Timings(elapsed, elapsed, elapsed), from_cache=True))
+
+
+def _model_status(model: Model) -> dict[str, Any]:
+    scheduler = model.scheduler
+    return {
+        "precision": model.artifact.precision,
+        "weight_bytes": model.artifact.weight_bytes,
+        "context_length": model.context_length,
+        "running": len(scheduler.running),
+        "waiting": len(scheduler.waiting),
+        "kv_blocks": scheduler.kv.blocks,
+        "kv_blocks_used": scheduler.kv.used_blocks,
+        "kv_blocks_indexed": scheduler.kv.indexed_blocks,
+    }

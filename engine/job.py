@@ -1,0 +1,114 @@
+"""One piece of work and everybody who waits for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from engine.errors import EngineError
+from engine.prompts import Detokenizer, Prompt, StopMatcher
+from engine.request import Chunk, Finished, FinishReason, SamplingParams, Timings, Usage
+from engine.stream import Stream
+
+
+class Job:
+    """Identical deterministic requests share one job: each stream gets all its events, from the first.
+
+    The job is abandoned once all its streams have ended. `on_finish` gets the whole text and the last event.
+    """
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        prompt: Prompt,
+        stream: Stream,
+        *,
+        detokenizer: Detokenizer,
+        eos: frozenset[int],
+        accepted: float,
+        on_finish: Callable[[str, Finished], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.sampling = sampling
+        self.eos = frozenset() if self.sampling.ignore_eos else eos
+        self.prompt = prompt
+        self._detokenizer = detokenizer
+        self._stop = StopMatcher(self.sampling.stop)
+        self._accepted = accepted
+        self._prepared = time.monotonic()
+        self._first_token: float | None = None
+        self._on_finish = on_finish
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._streams = [stream]
+        self._texts: list[str] = []
+        self._tokens = 0  # of them in events
+        self._pending = 0  # tokens whose text is not out yet
+        self._ended = False
+
+    @property
+    def is_abandoned(self) -> bool:
+        with self._lock:
+            return all(stream.has_ended for stream in self._streams)
+
+    def subscribe(self, stream: Stream) -> bool:
+        """Let another stream follow from the first token on; False when the job is over."""
+        with self._lock:
+            if self._ended or all(other.has_ended for other in self._streams):
+                return False
+            if self._tokens:
+                stream.push(Chunk("".join(self._texts), self._tokens))
+            self._streams.append(stream)
+            return True
+
+    def token(self, token: int, *, count: int, reused: int) -> bool:
+        """Take in output token number `count`; emit text, or the last event. True when the job is over."""
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+        self._pending += 1
+        text, stopped = ("", True) if token in self.eos else self._stop.push(self._detokenizer.push([token]))
+        if text:
+            self._emit(text)
+        if stopped:
+            self._finish("stop", count, reused, flush=token in self.eos)
+        elif count >= self.sampling.max_tokens:
+            self._finish("length", count, reused, flush=True)
+        return self._ended
+
+    def fail(self, error: EngineError) -> None:
+        with self._lock:
+            self._ended = True
+            for stream in self._streams:
+                stream.push(error)
+        self._on_end()
+
+    def _emit(self, text: str) -> None:
+        with self._lock:
+            self._texts.append(text)
+            self._tokens += self._pending
+            event = Chunk(text, self._pending)
+            self._pending = 0
+            for stream in self._streams:
+                stream.push(event)
+
+    def _finish(self, reason: FinishReason, count: int, reused: int, *, flush: bool) -> None:
+        if flush:  # text held back as the possible start of a stop word, or an incomplete character
+            text, stopped = self._stop.push(self._detokenizer.flush())
+            if not stopped:
+                text += self._stop.flush()
+            if text:
+                self._emit(text)
+        now = time.monotonic()
+        first = self._first_token or now
+        event = Finished(
+            reason,
+            Usage(len(self.prompt.token_ids), count, self.prompt.image_tokens, reused),
+            Timings(self._prepared - self._accepted, first - self._accepted, now - self._accepted),
+        )
+        self._on_finish("".join(self._texts), event)
+        with self._lock:
+            self._ended = True
+            for stream in self._streams:
+                stream.push(event)
+        self._on_end()

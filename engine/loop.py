@@ -1,0 +1,189 @@
+"""The step loop: one thread, the only one that touches the device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import EngineError, EngineStopped
+from engine.job import Job
+from engine.model import Model
+from engine.sampling import NO_TOKEN, sample
+from engine.scheduling.scheduler import PrefillChunk, StepPlan
+from engine.scheduling.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+IDLE_WAIT_S = 0.2  # how late an expired request may be noticed while nothing runs
+
+
+class StepLoop:
+    """Takes in sequences, steps every model that has work, drops what nobody waits for any more.
+
+    `housekeeping` is called between steps, at least every IDLE_WAIT_S. `on_features` gets each image's key and features
+    once they are computed.
+    """
+
+    def __init__(
+        self, *, housekeeping: Callable[[], None], on_features: Callable[[Model, bytes, NDArray[np.float32]], None]
+    ) -> None:
+        self._housekeeping = housekeeping
+        self._on_features = on_features
+        self._inbox: deque[tuple[Model, Sequence]] = deque()
+        self._models: list[Model] = []
+        self._awake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+        self._thread.start()
+
+    def add(self, model: Model, sequence: Sequence) -> None:
+        """From any thread."""
+        with self._awake:
+            if self._closing:
+                raise EngineStopped("the engine is shutting down")
+            self._inbox.append((model, sequence))
+            self._awake.notify()
+
+    def wake(self) -> None:
+        with self._awake:
+            self._awake.notify()
+
+    def close(self) -> None:
+        """Fail what is open and end the thread."""
+        with self._awake:
+            self._closing = True
+            self._awake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._take_in()
+            self._housekeeping()
+            worked = [self._step(model) for model in self._models]
+            if not any(worked):
+                with self._awake:
+                    if not self._inbox and not self._closing:
+                        self._awake.wait(IDLE_WAIT_S)
+        self._take_in()
+        for model in self._models:
+            self._fail(model, list(model.scheduler), EngineStopped("the engine is shutting down"))
+
+    def _take_in(self) -> None:
+        with self._awake:
+            arrived, self._inbox = self._inbox, deque()
+        for model, sequence in arrived:
+            if model not in self._models:
+                self._models.append(model)
+            model.scheduler.add(sequence)
+
+    def _step(self, model: Model) -> bool:
+        """Schedule, run, sample, commit. True when there was work."""
+        for sequence in [sequence for sequence in model.scheduler if _job(sequence).is_abandoned]:
+            model.scheduler.remove(sequence)
+        affected = list(model.scheduler)
+        try:
+            plan = model.scheduler.schedule()
+            affected = plan.sequences
+            self._encode(model, plan)
+            sampled, logits = self._forward(model, plan)
+            tokens = sample(logits, [sequence.sampler for sequence in sampled])
+        except Exception as error:
+            logger.exception("a step of model %s failed", model.name)
+            self._fail(model, affected, EngineError(f"running the model failed: {error}"))
+            return True
+        for sequence, token in zip(sampled, tokens.tolist(), strict=True):
+            self._commit(model, sequence, token)
+        return bool(affected)
+
+    def _encode(self, model: Model, plan: StepPlan) -> None:
+        if not plan.images:
+            return
+        assert model.encoder is not None, "This is a bug: images were accepted for a text-only model."
+        for image, features in zip(plan.images, model.encoder.encode(plan.images), strict=True):
+            model.scheduler.deliver(image.key, features)
+            self._on_features(model, image.key, features)
+
+    def _forward(self, model: Model, plan: StepPlan) -> tuple[list[Sequence], NDArray[np.float32]]:
+        """Run all chunks and decoding rows; the sequences that get a token and their logits [n, vocab]."""
+        sampled: list[Sequence] = []
+        logits: list[NDArray[np.float32]] = [np.empty((0, model.artifact.spec.decoder.vocab), np.float32)]
+        for chunk in plan.prefill:
+            logits.append(_prefill(model, chunk))
+            sampled += [chunk.sequence] * chunk.is_last
+        if plan.decode:
+            logits.append(_decode(model, plan.decode))
+            sampled += plan.decode
+        stacked = np.concatenate(logits)
+        for row, sequence in zip(stacked, sampled, strict=True):
+            if _job(sequence).sampling.ignore_eos:
+                row[list(model.artifact.spec.tokens.eos)] = -np.inf
+        return sampled, stacked
+
+    def _commit(self, model: Model, sequence: Sequence, token: int) -> None:
+        if token == NO_TOKEN:
+            self._fail(model, [sequence], EngineError("the model's output is not a number; its weights may be damaged"))
+            return
+        if not sequence.output:
+            model.scheduler.kv.store(sequence)
+        sequence.sampler.commit(token)
+        sequence.output.append(token)
+        if _job(sequence).token(token, count=len(sequence.output), reused=sequence.reused):
+            model.scheduler.remove(sequence)
+
+    def _fail(self, model: Model, sequences: list[Sequence], error: EngineError) -> None:
+        for sequence in sequences:
+            model.scheduler.remove(sequence)
+            _job(sequence).fail(error)
+
+
+def _job(sequence: Sequence) -> Job:
+    assert isinstance(sequence.owner, Job)
+    return sequence.owner
+
+
+def _prefill(model: Model, chunk: PrefillChunk) -> NDArray[np.float32]:
+    sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+    assert sequence.row is not None
+    index = sequence.feature_index(start, stop)
+    features, index = _chunk_features(model, sequence, start, stop, index)
+    logits = model.decoder.prefill(
+        sequence.row,
+        start,
+        sequence.tokens(start, stop),
+        sequence.positions(start, stop),
+        features,
+        index,
+        logits=chunk.is_last,
+    )
+    sequence.computed = stop
+    return logits
+
+
+def _chunk_features(
+    model: Model, sequence: Sequence, start: int, stop: int, index: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Only the images that the chunk touches, and the index into them; the others may not be computed at all."""
+    spans = sequence.prompt.image_spans
+    touched = [number for number, span in enumerate(spans) if span.start < stop and span.stop > start]
+    if not touched:
+        return np.empty((0, model.artifact.spec.decoder.hidden), np.float32), index
+    before = sum(image.tokens for image in sequence.images[: touched[0]])
+    features = [sequence.features[number] for number in touched]
+    return np.concatenate([array for array in features if array is not None]), np.where(index >= 0, index - before, -1)
+
+
+def _decode(model: Model, sequences: list[Sequence]) -> NDArray[np.float32]:
+    lengths = np.array([sequence.computed for sequence in sequences], np.int64)
+    logits = model.decoder.decode(
+        [sequence.row for sequence in sequences if sequence.row is not None],
+        np.array([sequence.output[-1] for sequence in sequences], np.int64),
+        np.concatenate([sequence.positions(sequence.computed, sequence.length) for sequence in sequences], axis=1),
+        lengths,
+    )
+    for sequence in sequences:
+        sequence.computed += 1
+    return logits

@@ -75,6 +75,8 @@ def _read_header(data: bytes) -> ImageFile:
 
 
 def _damaged(name: str, error: Exception) -> InvalidImage:
+    if isinstance(error, Image.DecompressionBombError):
+        return InvalidImage(f"this {name} image is larger than the decoder's own limit ({error}); send PNG or JPEG")
     reason = str(error) or type(error).__name__
     return InvalidImage(
         f"the image is truncated or damaged and cannot be read as {name} ({reason}); send the whole file"

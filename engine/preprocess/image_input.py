@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
 Grid = tuple[int, int, int]
+
+_PIXELS_VERSION = 1  # raise it when this package makes other pixels of a file; features on disk are found by it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +54,9 @@ class ImageProcessor(Protocol):
 
 
 def settings_digest(kind: str, settings: Mapping[str, Any]) -> bytes:
-    """32 bytes that differ when any setting of a processor differs."""
-    return hashlib.sha256(f"{kind} {json.dumps(settings, sort_keys=True)}".encode()).digest()
+    """32 bytes that differ when anything differs that makes pixels of a file: settings, this code, Pillow."""
+    made_by = f"{kind} {_PIXELS_VERSION} {PIL.__version__} {json.dumps(settings, sort_keys=True)}"
+    return hashlib.sha256(made_by.encode()).digest()
 
 
 def image_key(digest: bytes, data: bytes) -> bytes:

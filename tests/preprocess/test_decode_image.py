@@ -161,8 +161,14 @@ def test_too_many_pixels_are_refused_from_the_header_without_noise() -> None:
         assert image_size(bomb(60_000, 60_000)) == (60_000, 60_000)
 
 
-def test_a_limit_above_pillows_own_holds() -> None:
-    assert decoded(encoded(Image.new("1", (15_000, 13_000)), "PNG"), limit=200).size == (15_000, 13_000)
+def test_a_limit_above_pillows_own_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {form: encoded(quarters(), form) for form in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for form in ("JPEG", "PNG", "BMP", "GIF"):
+        assert decoded(files[form]).size == (32, 16)
+    for form in ("TIFF", "WEBP"):
+        with pytest.raises(InvalidImage, match=r"larger than the decoder's own limit"):
+            decoded(files[form])
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])

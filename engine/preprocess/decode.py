@@ -43,6 +43,7 @@ def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
             f"this image is {megapixels:.4g} megapixels ({image.width}x{image.height}); the limit is {max_megapixels:g}"
             " (max_image_megapixels)"
         )
+    size, turn = _upright_size(image), _TURNS.get(_orientation(image))
     try:
         image.load()
         rgb = to_rgb(image)
@@ -50,14 +51,15 @@ def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
         raise
     except Exception as error:  # decoders fail in any way on hostile bytes, and this is their only border
         raise _damaged(image.format or "", error) from error
-    turn = _TURNS.get(_orientation(image))
-    return rgb if turn is None else rgb.transpose(turn)
+    upright = rgb if turn is None else rgb.transpose(turn)
+    if upright.size != size:
+        raise InvalidImage(f"the image is damaged: its header promises {size} pixels, the file holds {upright.size}")
+    return upright
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels after EXIF orientation, from the header alone. Raises InvalidImage."""
-    image = _read_header(data)
-    return (image.height, image.width) if _orientation(image) in _SIDEWAYS else image.size
+    """(width, height) that `decode_image` would give, from the header alone. Raises InvalidImage."""
+    return _upright_size(_read_header(data))
 
 
 def _read_header(data: bytes) -> ImageFile:
@@ -83,8 +85,12 @@ def _damaged(name: str, error: Exception) -> InvalidImage:
     )
 
 
+def _upright_size(image: ImageFile) -> tuple[int, int]:
+    return (image.height, image.width) if _orientation(image) in _SIDEWAYS else image.size
+
+
 def _orientation(image: ImageFile) -> int:
-    """EXIF tag 274, 1 (upright) when absent or unreadable. Before `load`, as far as the header tells."""
+    """EXIF tag 274 as far as the header tells; 1 (upright) when absent or unreadable."""
     if isinstance(image, TiffImageFile):
         return 1  # Pillow turns TIFF files itself and reports the size after that
     try:

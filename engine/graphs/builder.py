@@ -11,9 +11,9 @@ from onnx_ir.tape import Tape
 
 from engine.checkpoints.artifact import Artifact
 
-OPSET = 21
+OPSET = 23
 MICROSOFT = "com.microsoft"
-_IR_VERSION = 10
+_IR_VERSION = 11
 
 Attribute = int | float | str | Sequence[int]
 Dimension = int | str

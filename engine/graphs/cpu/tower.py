@@ -14,6 +14,11 @@ from engine.spec import QwenVisionSpec, SiglipSpec
 
 _GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
+# ai.onnx Attention holds all scores at once, batch * heads * L * L, and is twice as fast where they stay in the cache;
+# MultiHeadAttention works through them in blocks.
+_SHORT = 400
+_ANY = 1 << 30
+
 
 class TowerInputs:
     """Names in the graph. B sequences of L patches each."""
@@ -31,15 +36,16 @@ def cpu_tower(artifact: Artifact) -> bytes:
     spec = artifact.spec.vision
     if isinstance(spec, SiglipSpec):
         pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["tiles", 3, spec.tile, spec.tile])
-        shape = builder.constant([-1, (spec.tile // spec.patch) ** 2, 3 * spec.hidden], np.int64)
-        features = siglip_graph(CpuTowerDialect(builder, artifact, spec, shape), spec, pixels)
+        patches = (spec.tile // spec.patch) ** 2
+        shape = builder.constant([-1, patches, 3 * spec.hidden], np.int64)
+        features = siglip_graph(CpuTowerDialect(builder, artifact, spec, shape, patches=patches), spec, pixels)
     else:
         assert isinstance(spec, QwenVisionSpec)
         pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["N", 3 * spec.temporal_patch * spec.patch**2])
         shape = builder.input(TowerInputs.SHAPE, np.int64, [3])
         half = spec.hidden // spec.heads // 2
         rotary = tuple(builder.input(name, np.float32, ["L", half]) for name in (TowerInputs.COSINE, TowerInputs.SINE))
-        features = qwen_vision_graph(CpuTowerDialect(builder, artifact, spec, shape, rotary), spec, pixels)
+        features = qwen_vision_graph(CpuTowerDialect(builder, artifact, spec, shape, rotary=rotary), spec, pixels)
     builder.output(features, TowerInputs.FEATURES, np.float32)
     return builder.serialise()
 
@@ -53,13 +59,19 @@ class CpuTowerDialect:
         artifact: Artifact,
         spec: SiglipSpec | QwenVisionSpec,
         shape: ir.Value,
+        *,
+        patches: int = _ANY,
         rotary: tuple[ir.Value, ...] = (),
     ) -> None:
-        """`shape` makes [B, L, 3 * hidden] of packed queries, keys and values; `rotary` is (cosine, sine) or empty."""
+        """`shape` makes [B, L, 3 * hidden] of packed queries, keys and values.
+
+        `patches` is L if it is always the same; `rotary` is (cosine, sine) or empty.
+        """
         self.builder = builder
         self._linears = linears(builder, artifact.precision)
         self._spec = spec
         self._shape = shape
+        self._patches = patches
         self._rotary = rotary
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
@@ -88,5 +100,8 @@ class CpuTowerDialect:
             query, key = (
                 builder.op("RotaryEmbedding", x, start, *self._rotary, domain=MICROSOFT) for x in (query, key)
             )
-        output = builder.op("MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=heads)
+        if self._patches <= _SHORT:
+            output = builder.op("Attention", query, key, value, q_num_heads=heads, kv_num_heads=heads)
+        else:
+            output = builder.op("MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=heads)
         return builder.reshape(output, -1, self._spec.hidden)

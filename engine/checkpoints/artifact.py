@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ class Artifact:
         self.entries = {entry.name: entry for entry in entries}
         self.weight_bytes = sum(entry.nbytes for entry in entries)
         self.weights_path = folder / WEIGHTS
-        self._data = np.memmap(self.weights_path, dtype=np.uint8, mode="r")
+        with self.weights_path.open("rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = np.frombuffer(self._mapping, np.uint8)
 
     @classmethod
     def load(cls, folder: Path, digest: str, spec: ModelSpec, precision: Precision) -> Artifact:
@@ -79,6 +82,8 @@ class Artifact:
                 checksum.update(data[start : start + _HASH_BLOCK_BYTES])
             if len(data) != entry.nbytes or checksum.hexdigest() != entry.xxh3:
                 raise ArtifactError(f"{self.weights_path} is damaged: the checksum of {entry.name} does not hold")
+        # Sessions map what they need themselves; the pages read here stay in the system's cache, not in this process.
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def write_manifest(file: Path, digest: str, spec: ModelSpec, precision: Precision, entries: list[TensorEntry]) -> None:

@@ -1,7 +1,8 @@
 """./tessera bench: throughput and latency of the plugin, through Dify's protocol, with generated traffic.
 
 `serve` drives one configuration at several concurrencies. `ladder` runs the same requests, 20 % of them repeats, at the
-same load through three configurations. Each prints a card, a table and, with --json, one JSON object as the last line.
+same load through three configurations. `latency` times answers and images that were seen before a restart. Each prints
+a card, a table and, with --json, one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout
+from cli import latency
+from cli.daemon import Daemon
 from cli.machine import card, peak_memory
-from cli.measured import Measured, summary
-from cli.traffic import TrafficRequest, traffic
+from cli.measured import Measured, ask, summary
+from cli.traffic import Size, TrafficRequest, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 Settings = dict[str, str]
@@ -30,7 +32,7 @@ LADDER: dict[str, Settings] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="serve|ladder")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="serve|ladder|latency")
     serve = kinds.add_parser("serve", help="one configuration at several concurrencies")
     serve.add_argument("--concurrency", default="1,8,32", help="comma-separated (default: 1,8,32)")
     serve.add_argument("--precision", choices=["fp32", "int8"], default="int8")
@@ -38,25 +40,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--repeats", type=float, default=0.0, help="share of requests that repeat an earlier one")
     ladder = kinds.add_parser("ladder", help="three configurations on the same traffic, 20 %% of it repeats")
     ladder.add_argument("--concurrency", type=int, default=32)
-    for kind in (serve, ladder):
+    saved = kinds.add_parser("latency", help="answers and images that were seen before a restart, one at a time")
+    for kind in (serve, ladder, saved):
         kind.add_argument("--model", default="demo")
         kind.add_argument("--requests", type=int, help="requests per row (default: enough for a few seconds)")
         kind.add_argument("--output-tokens", type=int, default=32)
         kind.add_argument("--image-size", default="320x240")
         kind.add_argument("--seed", type=int, default=0)
         kind.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    saved.set_defaults(image_size="1280x960")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Return 0 when every request of every row was answered."""
-    rows = list(_serve(arguments) if arguments.kind == "serve" else _ladder(arguments))
+    rows = list(_rows(arguments))
     result = {"bench": arguments.kind, "model": arguments.model, "card": card(), "rows": rows}
     if arguments.kind == "ladder":
         result["ratios"] = _ratios(rows)
-    _print_table(result)
+    _print_card(result["card"])
+    latency.print_table(rows) if arguments.kind == "latency" else _print_table(result)
     if arguments.json:
         print(json.dumps(result))
     return 0 if all(row["failed"] == 0 and row["requests"] for row in rows) else 1
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    match arguments.kind:
+        case "serve":
+            yield from _serve(arguments)
+        case "ladder":
+            yield from _ladder(arguments)
+        case "latency":
+            yield from latency.rows(arguments, _image_size(arguments))
 
 
 def _serve(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -74,8 +89,12 @@ def _ladder(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _traffic(arguments: argparse.Namespace, count: int, repeats: float, seed: int) -> list[TrafficRequest]:
+    return traffic(count, repeats=repeats, size=_image_size(arguments), seed=seed)
+
+
+def _image_size(arguments: argparse.Namespace) -> Size:
     width, height = (int(word) for word in arguments.image_size.split("x"))
-    return traffic(count, repeats=repeats, size=(width, height), seed=seed)
+    return width, height
 
 
 def measure(
@@ -87,7 +106,7 @@ def measure(
         credentials = {"storage": storage, "max_waiting": "1024", **settings}
         with Daemon(ROOT, credentials=credentials) as daemon:
             for warm_up in traffic(2, seed=-1):
-                _ask(daemon, arguments.model, warm_up, parameters)
+                ask(daemon, arguments.model, warm_up.messages(), parameters)
             measured = _drive(daemon, arguments.model, requests, parameters, concurrency)
             memory = peak_memory(daemon.pid)
         row = summary(measured)
@@ -111,7 +130,7 @@ def _drive(
                 request = next(remaining, None)
             if request is None:
                 return
-            measured.append(_ask(daemon, model, request, parameters))
+            measured.append(ask(daemon, model, request.messages(), parameters))
 
     callers = [threading.Thread(target=caller) for _ in range(concurrency)]
     for thread in callers:
@@ -119,25 +138,6 @@ def _drive(
     for thread in callers:
         thread.join()
     return measured
-
-
-def _ask(daemon: Daemon, model: str, request: TrafficRequest, parameters: Mapping[str, Any]) -> Measured:
-    session = daemon.invoke_llm(request.messages(), parameters, model=model)
-    last: dict[str, Any] = {}
-    try:
-        for chunk in session:
-            last = chunk
-    except (PluginError, PluginCrashed, RequestTimeout) as error:
-        return Measured(session.sent_at, error=f"{type(error).__name__}: {error}")
-    usage = last["delta"]["usage"]
-    return Measured(
-        started=session.sent_at,
-        first_token=session.arrivals[0],
-        finished=session.arrivals[-1],
-        prompt_tokens=usage["prompt_tokens"],
-        output_tokens=usage["completion_tokens"],
-        from_cache="cache" in (last.get("system_fingerprint") or ""),
-    )
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -150,8 +150,11 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def _print_card(values: Mapping[str, Any]) -> None:
+    print("  ".join(f"{name}: {value}" for name, value in values.items()), file=sys.stderr)
+
+
 def _print_table(result: Mapping[str, Any]) -> None:
-    print("  ".join(f"{name}: {value}" for name, value in result["card"].items()), file=sys.stderr)
     header = ("", "req/s", "tok/s", "TTFT p50", "p99", "TPOT p50", "E2EL mean", "p99 ms", "hits", "MiB")
     print(("{:<24}" + "{:>10}" * 9).format(*header))
     for row in result["rows"]:

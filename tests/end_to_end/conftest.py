@@ -20,5 +20,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def daemon(storage: Path) -> Iterator[Daemon]:
     # heartbeats every 0.2 s instead of 10: the same greenlet, so a block of the process shows at once
-    with Daemon(ROOT, env={"HEARTBEAT_INTERVAL": "0.2"}, credentials={"storage": str(storage)}) as running:
+    settings = {"storage": str(storage), "request_timeout_s": "60"}
+    with Daemon(ROOT, env={"HEARTBEAT_INTERVAL": "0.2"}, credentials=settings) as running:
         yield running

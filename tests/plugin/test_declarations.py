@@ -178,3 +178,5 @@ def test_what_the_texts_link_to_exists(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / path).parent.joinpath(target).exists(), target
+    for sample in re.findall(r"samples/\w[\w.-]+", text):
+        assert (ROOT / sample).is_file(), sample

@@ -94,7 +94,7 @@ def small_capitals(glyphs: list[Glyph]) -> int:
 def _glyph(font: Path, letter: str) -> Glyph:
     """The letter's ink in 0..1, on the font's baseline, centred in a box three ems wide."""
     face = ImageFont.truetype(font, RULE_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    ink = np.asarray(_drawn(face, letter), dtype=np.float32) / 255
+    ink: Glyph = np.asarray(_drawn(face, letter), dtype=np.float32) / np.float32(255)
     columns = np.flatnonzero(ink.any(0))
     centred = np.zeros_like(ink)
     if len(columns):
@@ -117,4 +117,5 @@ def _scaled(glyph: Glyph) -> Glyph:
         return np.zeros((32, 32), dtype=np.float32)
     cut = glyph[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     image = Image.fromarray((cut * 255).astype(np.uint8)).resize((32, 32), Image.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.float32) / 255
+    scaled: Glyph = np.asarray(image, dtype=np.float32) / np.float32(255)
+    return scaled

@@ -27,7 +27,8 @@ def image_features(model: Idefics3ForConditionalGeneration, pixels: Tensor) -> T
     hidden = hidden + vision.embeddings.position_embedding.weight
     for layer in vision.encoder.layers:
         hidden = layer(hidden, None)
-    return model.model.connector(vision.post_layernorm(hidden)).flatten(0, 1)
+    features: Tensor = model.model.connector(vision.post_layernorm(hidden))
+    return features.flatten(0, 1)
 
 
 def logits(model: Idefics3ForConditionalGeneration, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -40,14 +41,15 @@ def logits(model: Idefics3ForConditionalGeneration, features: Tensor, batch: dic
     rotation = text.rotary_emb(hidden, positions)
     for layer in text.layers:
         hidden = layer(hidden, attention_mask=None, position_embeddings=rotation, position_ids=positions)
-    return model.lm_head(text.norm(hidden))
+    scores: Tensor = model.lm_head(text.norm(hidden))
+    return scores
 
 
 @torch.no_grad()
 def answers(model: Idefics3ForConditionalGeneration, samples: Iterable[Sample], size: int = 512) -> Iterator[str]:
     """The model's greedy answer to each sample, in order."""
     device = model.device
-    model.eval()
+    model.train(False)
     for chunk in batched(samples, size):
         talks = [_prompt(sample) for sample in chunk]
         lengths = torch.tensor([len(talk.ids) for talk in talks], device=device)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from evaluation import easy_vqa, printed_words
+from evaluation.fonts import usable_fonts
 from evaluation.words import LONGEST, SHORTEST, in_some_case, split_of, words
 from tools import demo_questions as asks
 from tools.demo_model import AROUND_IMAGE, END, IMAGE, IMAGE_TOKENS, PAD, START, TILE, WHOLE_IMAGE
@@ -196,7 +197,7 @@ def collated(talks: list[Conversation], length: int, images: int) -> dict[str, t
 
 def warm_caches() -> None:
     """Reads dictionaries, questions and fonts once, for worker processes to inherit."""
-    printed_words.usable_fonts()
+    usable_fonts()
     words("train")
     _easy_vqa_facts()
 

@@ -75,15 +75,13 @@ def model_config() -> Idefics3Config:
         scale_factor=SHUFFLE,
         image_token_id=IMAGE,
         tie_word_embeddings=True,
-        bos_token_id=START,
-        eos_token_id=END,
         pad_token_id=PAD,
     )
 
 
 def new_model() -> Idefics3ForConditionalGeneration:
     """The model with random weights, in fp32."""
-    return Idefics3ForConditionalGeneration(model_config())
+    return Idefics3ForConditionalGeneration(model_config())  # type: ignore[no-untyped-call]
 
 
 def write_checkpoint(model: Idefics3ForConditionalGeneration, folder: Path) -> None:
@@ -96,6 +94,8 @@ def write_checkpoint(model: Idefics3ForConditionalGeneration, folder: Path) -> N
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    config |= {"bos_token_id": START, "eos_token_id": END}
     config["architectures"] = ["Idefics3ForConditionalGeneration"]
     config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "float16"
     _write(folder / "config.json", config)

@@ -29,13 +29,14 @@ class Muon:
             momentum = self.momenta[shape].lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp(momentum, self.momentum))
             update *= -rate * 0.2 * max(shape) ** 0.5
-            torch._foreach_mul_(parameters, 1 - rate * self.weight_decay)
-            torch._foreach_add_(parameters, list(update.unbind(0)))
+            weights: list[Tensor] = [*parameters]
+            torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
+            torch._foreach_add_(weights, [*torch.unbind(update, 0)])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest orthogonal matrices, roughly: singular values end up between 0.7 and 1.2."""
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

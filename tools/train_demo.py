@@ -10,7 +10,7 @@ on 1,000 printed words that training never saw. Every run warms up, holds the le
 that every run ends with a usable model.
 
 Needs the packages easy-vqa and trdg (`pip install --no-deps trdg==1.8.0`). One H100 with 15 processes drawing images
-sees about 8,000 images a second.
+sees about 8,500 images a second, 6,000 of them new.
 """
 
 import argparse
@@ -47,7 +47,8 @@ class Training:
 
     def __init__(self, device: str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.model: Idefics3ForConditionalGeneration = new_model().to(device)
+        self.model = new_model()
+        self.model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps the method untyped
         matrices, rest = split_parameters(self.model)
         self.muon = Muon(matrices.values())
         self.adam = torch.optim.AdamW(rest.values(), betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda")
@@ -60,7 +61,7 @@ class Training:
         with torch.autocast(self.model.device.type, torch.bfloat16):
             scores = logits(self.model, image_features(self.model, batch["pixels"]), batch)
             loss = cross_entropy(scores, batch["labels"])
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.rest.values(), 1.0)
         self.muon.step(muon_rate)
         for group in self.adam.param_groups:

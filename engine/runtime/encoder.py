@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from engine.spec import QwenVisionSpec, SiglipSpec
 
 # Activations of one call stay below a few hundred MiB for towers of a thousand dimensions; one image may exceed it.
 PATCHES_PER_CALL = 4096
+# Beyond this, getting memory anew is cheap beside the call, and a rare large image should not be paid for for ever.
+_KEEP_PATCHES = 2048
 _ROTARY_BASE = 10000.0  # fixed in the reference implementation
 
 
@@ -54,12 +56,11 @@ class Encoder:
     def _encode_tiles(self, spec: SiglipSpec, images: Sequence[TowerInput]) -> list[NDArray[np.float32]]:
         if not images:
             return []
-        per_call = max(1, PATCHES_PER_CALL // (spec.tile // spec.patch) ** 2)
+        patches_per_tile = (spec.tile // spec.patch) ** 2
+        per_call = max(1, PATCHES_PER_CALL // patches_per_tile)
         tiles = np.concatenate([image.pixels for image in images])
-        calls = [
-            run(self._session, {TowerInputs.PIXELS: tiles[start : start + per_call]}, TowerInputs.FEATURES)
-            for start in range(0, len(tiles), per_call)
-        ]
+        batches = [tiles[start : start + per_call] for start in range(0, len(tiles), per_call)]
+        calls = [self._run(len(batch) * patches_per_tile, {TowerInputs.PIXELS: batch}) for batch in batches]
         ends = np.cumsum([len(image.pixels) * spec.tokens_per_tile for image in images])
         return np.split(np.concatenate(calls), ends[:-1])
 
@@ -74,10 +75,13 @@ class Encoder:
                 TowerInputs.COSINE: cosine,
                 TowerInputs.SINE: sine,
             }
-            rows = run(self._session, inputs, TowerInputs.FEATURES)
+            rows = self._run(frames * height * width * len(members), inputs)
             for member, part in zip(members, np.split(rows, len(members)), strict=True):
                 features[member] = part
         return features
+
+    def _run(self, patches: int, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return run(self._session, inputs, TowerInputs.FEATURES, shrink=patches > _KEEP_PATCHES)
 
 
 def _same_grid(images: Sequence[TowerInput]) -> Iterator[tuple[tuple[int, int, int], list[int]]]:

@@ -64,7 +64,12 @@ class Binding:
         self._session.run_with_iobinding(self._io)
 
 
-def run(session: ort.InferenceSession, inputs: dict[str, NDArray[Any]], output: str) -> NDArray[np.float32]:
-    """One call with arrays of any shape, for one output."""
-    result: NDArray[np.float32] = session.run([output], inputs)[0]
+def run(
+    session: ort.InferenceSession, inputs: dict[str, NDArray[Any]], output: str, *, shrink: bool = False
+) -> NDArray[np.float32]:
+    """One call with arrays of any shape, for one output; `shrink` gives its working memory back afterwards."""
+    options = ort.RunOptions()
+    if shrink:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    result: NDArray[np.float32] = session.run([output], inputs, options)[0]
     return result

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from engine.checkpoints import Checkpoint, open_artifact
 from engine.runtime import Decoder
 from engine.spec import Precision
-from tests.runtime.cases import decode, pictures, prefill
+from tests.runtime import models
+from tests.runtime.cases import decode, make_case, pictures, prefill, relative_error
 from tests.runtime.conftest import CONTEXT, PROMPT, ROWS, Tiny
 
 both_precisions = pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -21,6 +25,24 @@ def test_any_chunking_gives_the_same_logits_and_kv(tiny: Tiny, precision: Precis
     for chunk in (1, 2, 5, 16, 33, 64, 97, 112):
         assert np.array_equal(prefill(decoder, 1, case, 0, PROMPT, chunk), whole), chunk
         assert np.array_equal(decoder.read_kv(1, 0, PROMPT), kv), chunk
+
+
+@both_precisions
+def test_a_prompt_longer_than_any_block_of_attention_gives_the_same_logits(
+    tmp_path: Path, precision: Precision
+) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    model = models.randomise(models.llama(head_dim=64, max_position_embeddings=1024, rope_parameters=rope))
+    checkpoint = Checkpoint.open(models.save(model, tmp_path / "llama"))
+    artifact = open_artifact(checkpoint, precision, tmp_path)
+    case = make_case(model, checkpoint.spec, [], 701, seed=3)
+    decoder = Decoder(artifact, rows=2, context_length=1024, threads=2)
+    whole = prefill(decoder, 0, case, 0, 700)
+    for chunk in (100, 256, 257):
+        assert np.array_equal(prefill(decoder, 1, case, 0, 700, chunk), whole), chunk
+    assert np.array_equal(*decode(decoder, [(0, case, 700), (1, case, 700)]))
+    if precision == "fp32":
+        assert relative_error(whole, case.logits[:700]) < 1e-4
 
 
 @both_precisions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -34,3 +35,16 @@ def about(image: bytes, question: str) -> list[dict[str, Any]]:
 
 def text_of(chunks: Session | Iterable[dict[str, Any]]) -> str:
     return "".join(chunk["delta"]["message"]["content"] for chunk in chunks)
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process started and that still run."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+def is_gone(pid: int) -> bool:
+    """A process that ended but was not yet waited for counts as gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: models.qwen2(num_key_value_heads=4, tie_word_embeddings=True),
 }
 # Split and unsplit tiles; grids of several sizes, two of them alike.
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, int]]] = {
     "smolvlm": [(0, 0), (1, 2), (0, 0)],
     "idefics3": [(2, 2), (0, 0)],
     "qwen2_vl": [(4, 6), (2, 2), (4, 6), (8, 2)],
@@ -36,14 +36,14 @@ SHAPES = {
 ROWS, CONTEXT, PROMPT, STEPS = 6, 160, 113, 32
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Tiny:
     """One model: the reference, and ours in both precisions."""
 
-    name: str
     reference: PreTrainedModel
     checkpoint: Checkpoint
     storage: Path
+    shapes: list[tuple[int, int]]
 
     @property
     def spec(self) -> ModelSpec:
@@ -58,33 +58,20 @@ class Tiny:
     def encoder(self, precision: Precision) -> Encoder:
         return Encoder(self.artifact(precision), threads=2)
 
+    @cached_property
     def case(self) -> Case:
         """PROMPT + STEPS tokens, with the family's images."""
-        return _case(self)
+        images = pictures(self.spec, self.shapes, seed=1)
+        return make_case(self.reference, self.spec, images, PROMPT + STEPS, seed=2)
 
     def text_case(self, length: int, seed: int) -> Case:
         return make_case(self.reference, self.spec, [], length, seed)
 
     def features(self, precision: Precision) -> NDArray[np.float32]:
         """What our own encoder makes of the case's images."""
-        case = self.case()
-        if not case.pictures:
-            return case.features
-        return np.concatenate(self.encoder(precision).encode(case.pictures))
-
-
-def _case(tiny: Tiny) -> Case:
-    return _cases(tiny.name, tiny.storage)
-
-
-_TINY: dict[tuple[str, Path], Tiny] = {}
-
-
-@cache
-def _cases(name: str, storage: Path) -> Case:
-    tiny = _TINY[name, storage]
-    images = pictures(tiny.spec, SHAPES[name], seed=1)
-    return make_case(tiny.reference, tiny.spec, images, PROMPT + STEPS, seed=2)
+        if not self.case.pictures:
+            return self.case.features
+        return np.concatenate(self.encoder(precision).encode(self.case.pictures))
 
 
 @pytest.fixture(scope="session", params=list(MODELS))
@@ -97,10 +84,12 @@ def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return _make(request.param, tmp_path_factory)
 
 
+_MADE: dict[str, Tiny] = {}
+
+
 def _make(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    storage = tmp_path_factory.getbasetemp() / "storage"
-    if (name, storage) not in _TINY:
-        reference = models.randomise(MODELS[name](), seed=len(_TINY))
+    if name not in _MADE:
+        reference = models.randomise(MODELS[name](), seed=len(_MADE))
         folder = models.save(reference, tmp_path_factory.mktemp(name))
-        _TINY[name, storage] = Tiny(name, reference, Checkpoint.open(folder), storage)
-    return _TINY[name, storage]
+        _MADE[name] = Tiny(reference, Checkpoint.open(folder), tmp_path_factory.mktemp("storage"), SHAPES[name])
+    return _MADE[name]

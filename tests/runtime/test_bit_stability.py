@@ -19,7 +19,7 @@ both_precisions = pytest.mark.parametrize("precision", ["fp32", "int8"])
 
 @both_precisions
 def test_any_chunking_gives_the_same_logits_and_kv(tiny: Tiny, precision: Precision) -> None:
-    case, decoder = tiny.case(), tiny.decoder(precision)
+    case, decoder = tiny.case, tiny.decoder(precision)
     whole = prefill(decoder, 0, case, 0, PROMPT)
     kv = decoder.read_kv(0, 0, PROMPT)
     for chunk in (1, 2, 5, 16, 33, 64, 97, 112):
@@ -47,7 +47,7 @@ def test_a_prompt_longer_than_any_block_of_attention_gives_the_same_logits(
 
 @both_precisions
 def test_a_row_decodes_alone_as_in_a_batch_of_any_size_and_order(tiny: Tiny, precision: Precision) -> None:
-    case, decoder = tiny.case(), tiny.decoder(precision)
+    case, decoder = tiny.case, tiny.decoder(precision)
     lengths = (3, 20, 64, 65, 90, PROMPT)
     for row, length in enumerate(lengths):
         prefill(decoder, row, case, 0, length)
@@ -60,7 +60,7 @@ def test_a_row_decodes_alone_as_in_a_batch_of_any_size_and_order(tiny: Tiny, pre
 
 @both_precisions
 def test_a_restored_prefix_continues_as_a_computed_one(tiny: Tiny, precision: Precision) -> None:
-    case, decoder = tiny.case(), tiny.decoder(precision)
+    case, decoder = tiny.case, tiny.decoder(precision)
     whole = prefill(decoder, 0, case, 0, PROMPT)
     for length in (1, 16, 64, PROMPT - 1):
         decoder.release(4)
@@ -71,7 +71,7 @@ def test_a_restored_prefix_continues_as_a_computed_one(tiny: Tiny, precision: Pr
 
 @both_precisions
 def test_the_number_of_threads_does_not_show(tiny: Tiny, precision: Precision) -> None:
-    case = tiny.case()
+    case = tiny.case
     results = []
     for threads in (1, 2, 3):
         decoder = Decoder(tiny.artifact(precision), rows=ROWS, context_length=CONTEXT, threads=threads)

@@ -14,7 +14,7 @@ from tests.runtime.conftest import CONTEXT, Tiny
 
 
 def test_a_middle_chunk_gives_no_logits_and_a_last_one_those_of_its_last_token(tiny_vlm: Tiny) -> None:
-    case, decoder = tiny_vlm.case(), tiny_vlm.decoder("int8")
+    case, decoder = tiny_vlm.case, tiny_vlm.decoder("int8")
     every = prefill(decoder, 0, case, 0, 40)
     inputs = (case.token_ids[:40], case.positions[:, :40], case.features, case.feature_index[:40])
     assert decoder.prefill(1, 0, *inputs, logits=False).shape == (0, tiny_vlm.spec.decoder.vocab)
@@ -39,7 +39,7 @@ def test_a_row_can_be_filled_to_the_last_place_and_others_go_on(tiny_vlm: Tiny) 
 
 
 def test_tokens_outside_a_row_are_refused(tiny_vlm: Tiny) -> None:
-    case, decoder = tiny_vlm.case(), tiny_vlm.decoder("fp32")
+    case, decoder = tiny_vlm.case, tiny_vlm.decoder("fp32")
     with pytest.raises(ValueError, match=f"row of {CONTEXT}"):
         decoder.prefill(
             0,
@@ -58,7 +58,7 @@ def test_tokens_outside_a_row_are_refused(tiny_vlm: Tiny) -> None:
 
 
 def test_a_shorter_restart_forgets_what_was_behind_it(tiny_vlm: Tiny) -> None:
-    case, decoder = tiny_vlm.case(), tiny_vlm.decoder("fp32")
+    case, decoder = tiny_vlm.case, tiny_vlm.decoder("fp32")
     fresh = prefill(decoder, 0, case, 0, 40)
     prefill(decoder, 1, tiny_vlm.text_case(100, 13), 0, 100)
     assert np.array_equal(prefill(decoder, 1, case, 0, 40), fresh)
@@ -83,7 +83,7 @@ def test_memory_is_committed_as_written_and_given_back_on_release(tiny_vlm: Tiny
 
 
 def test_release_leaves_the_neighbouring_rows(tiny_vlm: Tiny) -> None:
-    case, decoder = tiny_vlm.case(), tiny_vlm.decoder("fp32")
+    case, decoder = tiny_vlm.case, tiny_vlm.decoder("fp32")
     for row in range(3):
         prefill(decoder, row, case, 0, 60)
     kept = decoder.read_kv(0, 0, 60)

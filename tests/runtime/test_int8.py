@@ -61,7 +61,7 @@ def test_rows_of_zeros_and_of_one_value_quantise() -> None:
 
 
 def test_logits_point_where_those_of_fp32_do(tiny: Tiny) -> None:
-    case, decoder = tiny.case(), tiny.decoder("int8")
+    case, decoder = tiny.case, tiny.decoder("int8")
     found = prefill(decoder, 0, case, 0, PROMPT, features=tiny.features("int8"))
     steps = [decode(decoder, [(0, case, PROMPT + step)])[0] for step in range(STEPS)]
     found = np.concatenate([found, np.stack(steps)])

@@ -11,14 +11,14 @@ TOLERANCE = 1e-4
 
 
 def test_image_features_are_the_references(tiny_vlm: Tiny) -> None:
-    case = tiny_vlm.case()
+    case = tiny_vlm.case
     features = tiny_vlm.encoder("fp32").encode(case.pictures)
     assert [len(part) for part in features] == [picture.tokens for picture in case.pictures]
     assert relative_error(np.concatenate(features), case.features) < TOLERANCE
 
 
 def test_prefill_with_images_and_32_decode_steps_give_the_references_logits(tiny: Tiny) -> None:
-    case, decoder, features = tiny.case(), tiny.decoder("fp32"), tiny.features("fp32")
+    case, decoder, features = tiny.case, tiny.decoder("fp32"), tiny.features("fp32")
     prompt = prefill(decoder, 2, case, 0, PROMPT, features=features)
     assert relative_error(prompt, case.logits[:PROMPT]) < TOLERANCE
     steps = [decode(decoder, [(2, case, PROMPT + step)])[0] for step in range(STEPS)]
@@ -26,14 +26,14 @@ def test_prefill_with_images_and_32_decode_steps_give_the_references_logits(tiny
 
 
 def test_a_prompt_in_chunks_gives_the_references_logits(tiny: Tiny) -> None:
-    case, decoder, features = tiny.case(), tiny.decoder("fp32"), tiny.features("fp32")
+    case, decoder, features = tiny.case, tiny.decoder("fp32"), tiny.features("fp32")
     for row, chunk in enumerate((1, 7, 64)):
         logits = prefill(decoder, row, case, 0, len(case), chunk, features)
         assert relative_error(logits, case.logits) < TOLERANCE, chunk
 
 
 def test_rows_of_different_lengths_decode_together_while_others_wait_or_prefill(tiny: Tiny) -> None:
-    case, decoder = tiny.case(), tiny.decoder("fp32")
+    case, decoder = tiny.case, tiny.decoder("fp32")
     others = [tiny.text_case(length, seed) for length, seed in ((40, 3), (70, 4), (33, 5))]
     # Rows 1 and 3 lie between the decoding ones: one half prefilled, one empty.
     for row, sequence, held in ((0, others[0], 5), (2, case, PROMPT), (4, others[1], 30), (5, others[2], 1)):
@@ -52,7 +52,7 @@ def test_rows_of_different_lengths_decode_together_while_others_wait_or_prefill(
 
 
 def test_a_prefix_put_back_from_another_row_continues_as_the_reference(tiny: Tiny) -> None:
-    case, decoder = tiny.case(), tiny.decoder("fp32")
+    case, decoder = tiny.case, tiny.decoder("fp32")
     prefill(decoder, 0, case, 0, 64)
     decoder.write_kv(3, 0, decoder.read_kv(0, 0, 32))
     decoder.write_kv(3, 32, decoder.read_kv(0, 32, 64))

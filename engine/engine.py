@@ -90,7 +90,8 @@ class Engine:
         """Tokens of the prompt, images included. Blocks while the model loads."""
         loaded = self.load(model)
         images = tuple(part for message in messages for part in message.parts if isinstance(part, Image))
-        return len(loaded.prompts.build(messages, loaded.layouts(images)).token_ids)
+        layouts = loaded.layouts(images, self.config.max_image_megapixels)
+        return len(loaded.prompts.build(messages, layouts).token_ids)
 
     def load(self, name: str) -> Model:
         """Load a model now instead of at its first request; blocks."""
@@ -142,7 +143,7 @@ class Engine:
 
     def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
         """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
-        layouts = model.layouts(request.images)
+        layouts = model.layouts(request.images, self.config.max_image_megapixels)
         prompt = model.prompts.build(request.messages, layouts)
         max_tokens = _fit(len(prompt.token_ids), request.sampling.max_tokens, model.context_length)
         key = self._answer_key(model, request, prompt)

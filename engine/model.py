@@ -38,16 +38,19 @@ class Model:
     scheduler: Scheduler
     context_length: int
 
-    def layouts(self, images: Sequence[Image]) -> list[ImageInput]:
-        """What the images will be to the prompt: tokens, grid and key, from the headers alone; no pixels yet."""
-        return [self._layout(image.data) for image in images]
+    def layouts(self, images: Sequence[Image], max_megapixels: float) -> list[ImageInput]:
+        """What the images will be to the prompt: tokens, grid and key, from the headers alone; no pixels yet.
+
+        Raises InvalidImage, for one over the limit too: whether it is refused must not depend on what is cached.
+        """
+        return [self._layout(image.data, max_megapixels) for image in images]
 
     def image_input(self, data: bytes, max_megapixels: float) -> ImageInput:
         """Decode an image file for the tower. Raises InvalidImage."""
         return self._processor.process(decode_image(data, max_megapixels=max_megapixels), data)
 
-    def _layout(self, data: bytes) -> ImageInput:
-        tokens, grid = self._processor.count(*image_size(data))
+    def _layout(self, data: bytes, max_megapixels: float) -> ImageInput:
+        tokens, grid = self._processor.count(*image_size(data, max_megapixels=max_megapixels))
         return ImageInput(_NO_PIXELS, grid, tokens, self._processor.key(data))
 
     @property

@@ -13,7 +13,7 @@ def open_storage(folder: Path) -> None:
     """Create the folder if need be and make sure that files can be written. Raises StorageError naming the fix."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+        with tempfile.TemporaryFile(dir=folder) as probe:  # without a name: a kill leaves nothing behind
             probe.write(b"tessera")
             probe.flush()
     except OSError as error:

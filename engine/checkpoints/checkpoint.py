@@ -55,8 +55,11 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder that holds a model's config.json")
         config = read_config(folder)
-        family = family_for(config.model)
-        spec = family.spec(config)
+        try:
+            family = family_for(config.model)
+            spec = family.spec(config)
+        except CheckpointError as error:  # names the file; the folder is ours to name
+            raise CheckpointError(f"{folder}: {error}") from error
         shapes: dict[str, tuple[int, ...]] = {}
         tensors: dict[str, Stored] = {}
         files = _weight_files(folder)

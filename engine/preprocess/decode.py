@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 
@@ -36,13 +37,7 @@ def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
     Transparent parts become white; 16-bit and float values are scaled to 8 bits. The size limit is checked on the
     header, before any pixel is decoded. Raises InvalidImage.
     """
-    image = _read_header(data)
-    megapixels = image.width * image.height / 1e6
-    if megapixels > max_megapixels:
-        raise InvalidImage(
-            f"this image is {megapixels:.4g} megapixels ({image.width}x{image.height}); the limit is {max_megapixels:g}"
-            " (max_image_megapixels)"
-        )
+    image = _read_header(data, max_megapixels)
     size, turn = _upright_size(image), _TURNS.get(_orientation(image))
     try:
         image.load()
@@ -57,12 +52,12 @@ def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
     return upright
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes, *, max_megapixels: float = math.inf) -> tuple[int, int]:
     """(width, height) that `decode_image` would give, from the header alone. Raises InvalidImage."""
-    return _upright_size(_read_header(data))
+    return _upright_size(_read_header(data, max_megapixels))
 
 
-def _read_header(data: bytes) -> ImageFile:
+def _read_header(data: bytes, max_megapixels: float) -> ImageFile:
     found = find_opener(data)
     if found is None:
         raise InvalidImage(f"this is not an image that can be read: it is {describe(data)}; send {SUPPORTED}")
@@ -73,6 +68,12 @@ def _read_header(data: bytes) -> ImageFile:
         raise _damaged(name, error) from error
     if image.width < 1 or image.height < 1:
         raise InvalidImage(f"the image is {image.width}x{image.height} pixels; it must have at least one")
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise InvalidImage(
+            f"this image is {megapixels:.4g} megapixels ({image.width}x{image.height}); the limit is {max_megapixels:g}"
+            " (max_image_megapixels)"
+        )
     return image
 
 

@@ -83,7 +83,8 @@ def _lines(path: str) -> list[str]:
 def _providers() -> str:
     import onnxruntime  # type: ignore[import-untyped]
 
-    return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    return f"built for {', '.join(names)}; Tessera uses CPU"
 
 
 def _storage(folder: Path) -> str:

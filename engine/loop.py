@@ -1,4 +1,4 @@
-"""The step loop: one thread, the only one that touches the device."""
+"""The step loop: one thread runs the decoders; beside it one more runs the vision towers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from engine.errors import EngineError, EngineStopped
 from engine.job import Job
 from engine.model import Model
+from engine.preprocess import ImageInput
 from engine.sampling import NO_TOKEN, sample
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
 from engine.scheduling.sequence import Sequence
@@ -24,6 +26,7 @@ IDLE_WAIT_S = 0.2  # how late an expired request may be noticed while nothing ru
 class StepLoop:
     """Takes in sequences, steps every model that has work, drops what nobody waits for any more.
 
+    On a CPU the tower runs on a thread of its own: it takes as long as many steps, and the decoder leaves cores free.
     `housekeeping` is called between steps, at least every IDLE_WAIT_S. `on_features` gets each image's key and features
     once they are computed.
     """
@@ -34,6 +37,8 @@ class StepLoop:
         self._housekeeping = housekeeping
         self._on_features = on_features
         self._inbox: deque[tuple[Model, Sequence]] = deque()
+        self._encoded: deque[tuple[Model, list[ImageInput], Future[list[NDArray[np.float32]]]]] = deque()
+        self._encoder = ThreadPoolExecutor(1, "engine-encode")
         self._models: list[Model] = []
         self._awake = threading.Condition()
         self._closing = False
@@ -66,8 +71,9 @@ class StepLoop:
             worked = [self._step(model) for model in self._models]
             if not any(worked):
                 with self._awake:
-                    if not self._inbox and not self._closing:
+                    if not (self._inbox or self._encoded or self._closing):
                         self._awake.wait(IDLE_WAIT_S)
+        self._encoder.shutdown(cancel_futures=True)
         self._take_in()
         for model in self._models:
             self._fail(model, list(model.scheduler), EngineStopped("the engine is shutting down"))
@@ -79,6 +85,8 @@ class StepLoop:
             if model not in self._models:
                 self._models.append(model)
             model.scheduler.add(sequence)
+        while self._encoded:
+            self._take_features(*self._encoded.popleft())
 
     def _step(self, model: Model) -> bool:
         """Schedule, run, sample, commit. True when there was work."""
@@ -88,10 +96,11 @@ class StepLoop:
         try:
             plan = model.scheduler.schedule()
             affected = plan.sequences
-            self._encode(model, plan)
+            self._encode(model, plan.images)
             sampled, logits = self._forward(model, plan)
             tokens = sample(logits, [sequence.sampler for sequence in sampled])
         except Exception as error:
+            # Whatever a step dies of ends its sequences, never the loop.
             logger.exception("a step of model %s failed", model.name)
             self._fail(model, affected, EngineError(f"running the model failed: {error}"))
             return True
@@ -99,13 +108,30 @@ class StepLoop:
             self._commit(model, sequence, token)
         return bool(affected)
 
-    def _encode(self, model: Model, plan: StepPlan) -> None:
-        if not plan.images:
+    def _encode(self, model: Model, images: list[ImageInput]) -> None:
+        """Start the tower on a batch; the result comes back through the inbox."""
+        if not images:
             return
         assert model.encoder is not None, "This is a bug: images were accepted for a text-only model."
-        for image, features in zip(plan.images, model.encoder.encode(plan.images), strict=True):
-            model.scheduler.deliver(image.key, features)
-            self._on_features(model, image.key, features)
+        future = self._encoder.submit(model.encoder.encode, images)
+        future.add_done_callback(lambda done: self._on_encoded(model, images, done))
+
+    def _on_encoded(self, model: Model, images: list[ImageInput], done: Future[list[NDArray[np.float32]]]) -> None:
+        with self._awake:
+            self._encoded.append((model, images, done))
+            self._awake.notify()
+
+    def _take_features(self, model: Model, images: list[ImageInput], done: Future[list[NDArray[np.float32]]]) -> None:
+        if done.cancelled():
+            return
+        if error := done.exception():
+            logger.error("encoding images for model %s failed", model.name, exc_info=error)
+            self._fail(model, model.scheduler.give_up_images(), EngineError(f"encoding the image failed: {error}"))
+            return
+        features = {image.key: array for image, array in zip(images, done.result(), strict=True)}
+        model.scheduler.deliver(features)
+        for key, array in features.items():
+            self._on_features(model, key, array)
 
     def _forward(self, model: Model, plan: StepPlan) -> tuple[list[Sequence], NDArray[np.float32]]:
         """Run all chunks and decoding rows; the sequences that get a token and their logits [n, vocab]."""

@@ -21,6 +21,7 @@ from engine.scheduling.kv_cache import BLOCK, KVCache
 from engine.scheduling.scheduler import Scheduler
 from engine.spec import Precision
 
+SMALL_MODEL_BYTES = 64 * 2**20
 _NO_PIXELS = np.empty((0,), np.uint8)
 
 
@@ -65,6 +66,11 @@ def resolve_precision(config: EngineConfig) -> Precision:
     return "int8" if config.precision == "auto" else config.precision
 
 
+def _threads(artifact: Artifact) -> int:
+    """One core for a small model: its operators are over before a second thread has woken up to help."""
+    return 1 if artifact.weight_bytes < SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+
+
 def load_model(name: str, config: EngineConfig) -> Model:
     """Convert if need be, open and warm up. Raises ModelUnavailable's children or StorageError; takes seconds."""
     checkpoint = Checkpoint.open(find_checkpoint(name, config.storage))
@@ -72,7 +78,7 @@ def load_model(name: str, config: EngineConfig) -> Model:
     spec = artifact.spec
     blocks = config.kv_cache_mib * 2**20 // (spec.decoder.kv_bytes_per_token * BLOCK)
     context_length = min(spec.decoder.context_length, blocks * BLOCK)
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or _threads(artifact)
     decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
     return Model(
         name=name,

@@ -1,13 +1,14 @@
-"""What runs in the next step: decoding rows first, then prefill chunks, then images, each within a token budget.
+"""What runs next: decoding rows first, then prefill chunks within a token budget; images beside the steps.
 
 The order follows Sarathi-Serve (Agrawal et al. 2024): a step always takes every decoding sequence along and bounds the
-prefill beside it, so that a long prompt does not stop the others.
+prefill beside it, so that a long prompt does not stop the others. One batch of images is with the encoder at a time,
+and the next one is whatever has gathered meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from engine.preprocess import ImageInput
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.sequence import Sequence
+
+IMAGE_TOKENS = 64  # of one encoder batch: on a CPU a larger one only keeps the first image waiting for the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,11 @@ class StepPlan:
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[PrefillChunk] = field(default_factory=list)
     images: list[ImageInput] = field(default_factory=list)  # distinct by key
-    waiting: list[Sequence] = field(default_factory=list)  # for those images
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Everybody whose work is in this step."""
-        return [*self.decode, *(chunk.sequence for chunk in self.prefill), *self.waiting]
+        """Everybody who gets further by this step."""
+        return [*self.decode, *(chunk.sequence for chunk in self.prefill)]
 
 
 class Scheduler:
@@ -51,7 +53,8 @@ class Scheduler:
         self.kv = kv
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by age
-        self._chunk = prefill_chunk  # tokens; also the budget of a step for prefill and, separately, for images
+        self._chunk = prefill_chunk  # tokens; also a step's budget
+        self._encoding: frozenset[bytes] = frozenset()  # keys of the images that are with the encoder
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -75,14 +78,22 @@ class Scheduler:
             self._admit()
         plan = StepPlan(decode=[sequence for sequence in self.running if sequence.is_decoding])
         self._plan_prefill(plan)
+        if not self._encoding:
+            self._plan_images(plan)
         return plan
 
-    def deliver(self, key: bytes, features: NDArray[np.float32]) -> None:
-        """Hand an image's features to every sequence that shows the image."""
+    def deliver(self, features: Mapping[bytes, NDArray[np.float32]]) -> None:
+        """Hand the images' features, by key, to every sequence that shows them; the encoder is free again."""
+        self._encoding = frozenset()
         for sequence in self:
             for index, image in enumerate(sequence.images):
-                if image.key == key:
-                    sequence.features[index] = features
+                if image.key in features:
+                    sequence.features[index] = features[image.key]
+
+    def give_up_images(self) -> list[Sequence]:
+        """The encoder failed: the sequences that wait for the images it had."""
+        keys, self._encoding = self._encoding, frozenset()
+        return [sequence for sequence in self if any(image.key in keys for image in sequence.images)]
 
     def _make_room(self) -> bool:
         """Let every decoding sequence grow by a token, oldest first, at the expense of the youngest running ones."""
@@ -105,24 +116,27 @@ class Scheduler:
             self.running.sort(key=lambda sequence: sequence.number)
 
     def _plan_prefill(self, plan: StepPlan) -> None:
-        tokens = image_tokens = 0
-        keys: set[bytes] = set()
+        """Chunks by age while the budget lasts; at least one."""
+        tokens = 0
         for sequence in self.running:
-            if sequence.is_decoding:
+            if sequence.is_decoding or sequence.missing_images():
                 continue
-            missing = sequence.missing_images()
-            for image in (sequence.images[index] for index in missing):
-                if image.key not in keys and (not keys or image_tokens + image.tokens <= self._chunk):
-                    keys.add(image.key)
-                    image_tokens += image.tokens
-                    plan.images.append(image)
-                    if sequence not in plan.waiting:
-                        plan.waiting.append(sequence)
-            if not missing:
-                stop = self._chunk_end(sequence)
-                if not tokens or tokens + stop - sequence.computed <= self._chunk:
-                    plan.prefill.append(PrefillChunk(sequence, sequence.computed, stop))
-                    tokens += stop - sequence.computed
+            stop = self._chunk_end(sequence)
+            if not tokens or tokens + stop - sequence.computed <= self._chunk:
+                plan.prefill.append(PrefillChunk(sequence, sequence.computed, stop))
+                tokens += stop - sequence.computed
+
+    def _plan_images(self, plan: StepPlan) -> None:
+        """Images by the age of who waits for them, up to IMAGE_TOKENS; at least one."""
+        chosen: dict[bytes, ImageInput] = {}
+        tokens = 0
+        for sequence in self.running:
+            for image in (sequence.images[index] for index in sequence.missing_images()):
+                if image.key not in chosen and (not chosen or tokens + image.tokens <= IMAGE_TOKENS):
+                    chosen[image.key] = image
+                    tokens += image.tokens
+        plan.images.extend(chosen.values())
+        self._encoding = frozenset(chosen)
 
     def _chunk_end(self, sequence: Sequence) -> int:
         """Chunks end at multiples of the chunk size, whatever else runs: alone and batched compute the same pieces."""

@@ -204,10 +204,11 @@ def _chunk_features(
 
 def _decode(model: Model, sequences: list[Sequence]) -> NDArray[np.float32]:
     lengths = np.array([sequence.computed for sequence in sequences], np.int64)
+    positions = lengths + np.array([sequence.prompt.position_delta for sequence in sequences], np.int64)
     logits = model.decoder.decode(
         [sequence.row for sequence in sequences if sequence.row is not None],
         np.array([sequence.output[-1] for sequence in sequences], np.int64),
-        np.concatenate([sequence.positions(sequence.computed, sequence.length) for sequence in sequences], axis=1),
+        np.broadcast_to(positions, (model.artifact.spec.decoder.rope.axes, len(sequences))),
         lengths,
     )
     for sequence in sequences:

@@ -23,9 +23,19 @@ turns it back into the class.
 
 from __future__ import annotations
 
+MAX_CHARACTERS = 4000
+
 
 class EngineError(Exception):
-    """Base of all errors the engine reports to a caller."""
+    """Base of all errors the engine reports to a caller.
+
+    A message may quote what the caller sent, of any length, and Dify ends a plugin for one line over 5 MiB: the middle
+    of a very long message is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS // 2]} ... {text[-1000:]}"
 
     @property
     def code(self) -> str:

@@ -89,7 +89,7 @@ def test_an_empty_prompt_is_refused(plugin: Daemon, content: object) -> None:
 
 def test_a_prompt_without_an_image_is_an_ordinary_request(plugin: Daemon) -> None:
     *texts, last = plugin.invoke_llm([{"role": "user", "content": QUESTION}], {"max_tokens": 8})
-    assert text_of(texts)
+    assert text_of(texts).strip()
     assert 0 < last["delta"]["usage"]["prompt_tokens"] < 60
 
 
@@ -157,6 +157,14 @@ def test_a_wrong_setting_is_refused_by_the_form_and_by_requests(
 @pytest.mark.parametrize("model", ["gone", "../models", "demo/.."])
 def test_an_unknown_model_is_refused_with_the_known_ones(plugin: Daemon, works: Works, model: str) -> None:
     _refused(plugin, about(picture(), QUESTION), f"unknown model '{model}'", "demo", "put its", model=model)
+    works()
+
+
+def test_an_error_that_quotes_millions_of_characters_fits_a_line(plugin: Daemon, storage: Path, works: Works) -> None:
+    messages = about(picture(), QUESTION)
+    _refused(plugin, messages, "unknown model 'xxxx", "To add one, put its", model="x" * (6 << 20))
+    _refused(plugin, messages, "storage is 'xxxx", "absolute path", credentials={"storage": "x" * (6 << 20)})
+    assert plugin.longest_line < 1 << 20
     works()
 
 

@@ -139,10 +139,12 @@ class StepLoop:
         logits: list[NDArray[np.float32]] = [np.empty((0, model.artifact.spec.decoder.vocab), np.float32)]
         for chunk in plan.prefill:
             logits.append(_prefill(model, chunk))
-            sampled += [chunk.sequence] * chunk.is_last
+            sampled += [chunk.sequence] * chunk.gives_token
         if plan.decode:
-            logits.append(_decode(model, plan.decode))
-            sampled += plan.decode
+            decoded = _decode(model, plan.decode)
+            current = [row for row, sequence in enumerate(plan.decode) if sequence.wants_token]
+            logits.append(decoded[current])
+            sampled += [plan.decode[row] for row in current]
         stacked = np.concatenate(logits)
         for row, sequence in zip(stacked, sampled, strict=True):
             if _job(sequence).sampling.ignore_eos:
@@ -172,34 +174,34 @@ def _job(sequence: Sequence) -> Job:
 
 
 def _prefill(model: Model, chunk: PrefillChunk) -> NDArray[np.float32]:
-    sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+    sequence, prompt, start, stop = chunk.sequence, chunk.sequence.prompt, chunk.start, chunk.stop
     assert sequence.row is not None
-    index = sequence.feature_index(start, stop)
-    features, index = _chunk_features(model, sequence, start, stop, index)
+    features, index = _chunk_features(model, chunk)
     logits = model.decoder.prefill(
         sequence.row,
         start,
-        sequence.tokens(start, stop),
-        sequence.positions(start, stop),
+        prompt.token_ids[start:stop],
+        prompt.positions[:, start:stop],
         features,
         index,
-        logits=chunk.is_last,
+        logits=chunk.gives_token,
     )
     sequence.computed = stop
     return logits
 
 
-def _chunk_features(
-    model: Model, sequence: Sequence, start: int, stop: int, index: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Only the images that the chunk touches, and the index into them; the others may not be computed at all."""
+def _chunk_features(model: Model, chunk: PrefillChunk) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features [n, hidden] of the images that the chunk touches (the others may not be computed at all), and the row
+    of each token in them, -1 for text."""
+    sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+    index = sequence.prompt.feature_index[start:stop]
     spans = sequence.prompt.image_spans
     touched = [number for number, span in enumerate(spans) if span.start < stop and span.stop > start]
-    if not touched:
+    features = [array for number in touched if (array := sequence.features[number]) is not None]
+    if not features:
         return np.empty((0, model.artifact.spec.decoder.hidden), np.float32), index
     before = sum(image.tokens for image in sequence.images[: touched[0]])
-    features = [sequence.features[number] for number in touched]
-    return np.concatenate([array for array in features if array is not None]), np.where(index >= 0, index - before, -1)
+    return np.concatenate(features), np.where(index >= 0, index - before, -1)
 
 
 def _decode(model: Model, sequences: list[Sequence]) -> NDArray[np.float32]:
@@ -207,7 +209,7 @@ def _decode(model: Model, sequences: list[Sequence]) -> NDArray[np.float32]:
     positions = lengths + np.array([sequence.prompt.position_delta for sequence in sequences], np.int64)
     logits = model.decoder.decode(
         [sequence.row for sequence in sequences if sequence.row is not None],
-        np.array([sequence.output[-1] for sequence in sequences], np.int64),
+        np.array([sequence.next_token for sequence in sequences], np.int64),
         np.broadcast_to(positions, (model.artifact.spec.decoder.rope.axes, len(sequences))),
         lengths,
     )

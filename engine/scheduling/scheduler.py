@@ -23,14 +23,14 @@ IMAGE_TOKENS = 64  # of one encoder batch: on a CPU a larger one only keeps the 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Tokens [start, stop) of a sequence; the last chunk's logits give the next token."""
+    """Tokens [start, stop) of a sequence's prompt; the last chunk's logits give the first output token."""
 
     sequence: Sequence
     start: int
     stop: int
 
     @property
-    def is_last(self) -> bool:
+    def gives_token(self) -> bool:
         return self.stop == self.sequence.length
 
 
@@ -140,4 +140,4 @@ class Scheduler:
 
     def _chunk_end(self, sequence: Sequence) -> int:
         """Chunks end at multiples of the chunk size, whatever else runs: alone and batched compute the same pieces."""
-        return min((sequence.computed // self._chunk + 1) * self._chunk, sequence.length)
+        return min((sequence.computed // self._chunk + 1) * self._chunk, len(sequence.prompt.token_ids))

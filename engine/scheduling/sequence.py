@@ -42,26 +42,28 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Everything but the newest output token is in the KV memory."""
-        return bool(self.output) and self.computed == self.length - 1
+        """The prompt is in the KV memory, and the next token to compute is one of the output's.
+
+        After a set-back that is an early one: output is computed by decode steps again, as it was the first time,
+        because prefill sums in another order and the last bits would differ.
+        """
+        return bool(self.output) and self.computed >= len(self.prompt.token_ids)
+
+    @property
+    def wants_token(self) -> bool:
+        """Everything is computed: the logits that came last choose the next token."""
+        return self.computed == self.length
+
+    @property
+    def next_token(self) -> int:
+        """The output token that the next decode step computes."""
+        return self.output[self.computed - len(self.prompt.token_ids)]
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
         """Token ids [stop - start] of prompt and output together."""
         prompt = self.prompt.token_ids
         output = np.asarray(self.output[max(0, start - len(prompt)) : max(0, stop - len(prompt))], np.int64)
         return np.concatenate([prompt[start:stop], output])
-
-    def positions(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Rotary positions [axes, stop - start]; output tokens continue after the prompt on every axis."""
-        known = self.prompt.positions[:, start:stop]
-        axes, missing = known.shape[0], stop - start - known.shape[1]
-        after = np.arange(stop - missing, stop, dtype=np.int64) + self.prompt.position_delta
-        return np.concatenate([known, np.broadcast_to(after, (axes, missing))], axis=1)
-
-    def feature_index(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Row of the request's image features for each token of [start, stop), -1 for text."""
-        known = self.prompt.feature_index[start:stop]
-        return np.concatenate([known, np.full(stop - start - len(known), -1, np.int64)])
 
     def missing_images(self) -> list[int]:
         """Images that tokens not yet computed stand for and whose features are not there."""

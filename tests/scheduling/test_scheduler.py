@@ -22,8 +22,9 @@ def run(memory: FakeMemory, plan: StepPlan) -> list[Sequence]:
     for chunk in plan.prefill:
         memory.compute(chunk.sequence, chunk.stop)
     for one in plan.decode:
-        memory.compute(one, one.length)
-    sampled = plan.decode + [chunk.sequence for chunk in plan.prefill if chunk.is_last]
+        memory.compute(one, one.computed + 1)
+    sampled = [one for one in plan.decode if one.wants_token]
+    sampled += [chunk.sequence for chunk in plan.prefill if chunk.gives_token]
     for one in sampled:
         one.output.append(one.length)
     return sampled
@@ -127,8 +128,7 @@ def test_when_blocks_run_out_the_youngest_is_set_back_and_loses_nothing() -> Non
         set_back |= young.row is None
         for one in run(memory, plan):
             assert one.row is not None
-            held = memory.data[one.row, : one.computed]
-            assert np.array_equal(held, one.tokens(0, one.computed))
+            assert np.array_equal(memory.data[one.row, : one.computed], one.tokens(0, one.computed))
             outputs[one.number].append(one.output[-1])
             if len(one.output) == 3 * BLOCK:
                 schedule.remove(one)

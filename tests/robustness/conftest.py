@@ -18,8 +18,7 @@ Works = Callable[[], None]
 
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that does not exist yet, under one that does not either."""
-    return tmp_path_factory.mktemp("robustness") / "not" / "there"
+    return tmp_path_factory.mktemp("robustness")
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,18 @@ def _wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def test_two_plugins_on_one_folder_one_killed_while_it_converts(tmp_path: Path) -> None:
+    form = {"storage": str(tmp_path)}
+    with Daemon(ROOT, credentials=form) as first, Daemon(ROOT, credentials=form) as second:
+        first.invoke_llm(*_question(0))
+        _wait(lambda: any((tmp_path / "artifacts").glob("*.partial")))
+        session = second.invoke_llm(*_question(0))
+        first.kill()
+        assert text_of(session).strip() == SHAPES[0]
+        _assert_sound(tmp_path)
+        assert list((tmp_path / "artifacts").glob("*.partial")) == []
+
+
 @pytest.fixture(scope="module")
 def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A plugin whose engine may be killed."""

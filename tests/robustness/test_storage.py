@@ -135,8 +135,9 @@ def test_a_storage_folder_removed_under_a_running_plugin_is_made_again(
     works()
 
 
-def test_a_missing_storage_folder_is_created_for_this_user_alone(plugin: Daemon, works: Works, storage: Path) -> None:
-    works()
+def test_a_missing_storage_folder_is_created_for_this_user_alone(plugin: Daemon, tmp_path: Path) -> None:
+    storage = tmp_path / "not" / "there"
+    assert text_of(_chunks(plugin, {"storage": str(storage), "threads": "1"})).strip() == "circle"
     assert storage.stat().st_mode & 0o777 == 0o700
     assert (storage / "artifacts").is_dir()
 

@@ -3,6 +3,7 @@
     python -m tools.train_demo OUTPUT --minutes 8              # a first run
     python -m tools.train_demo OUTPUT --minutes 8              # goes on from what OUTPUT holds
     python -m tools.train_demo OUTPUT --minutes 0              # only measures what OUTPUT holds
+    python -m tools.train_demo OUTPUT --shrink-from CHECKPOINT # starts from a model with a larger vision tower
 
 OUTPUT receives `state/` (weights in fp32, the optimisers' state, the count of steps), `model/` (the checkpoint in fp16,
 as transformers loads it), `log.jsonl`, and after the run `report.json` with the accuracy on easy-vqa's test split and
@@ -33,6 +34,7 @@ from evaluation import easy_vqa, printed_words
 from tools.demo_check import accuracy, cross_entropy, image_features, int8_linear_layers, logits
 from tools.demo_data import LENGTHS, DemoBatches, warm_caches
 from tools.demo_model import new_model, write_checkpoint
+from tools.demo_shrink import shrunk
 from tools.muon import Muon
 
 Batch = dict[str, Tensor]
@@ -109,6 +111,8 @@ def main() -> None:
     if (options.output / "state" / "progress.json").exists():
         training.restore(options.output)
         print(f"goes on from step {training.steps}", flush=True)
+    elif options.shrink_from:
+        training.model.load_state_dict(shrunk(load_file(options.shrink_from / "model.safetensors"), training.model))
     if options.minutes:
         training.runs += 1
         train(training, options)
@@ -262,6 +266,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--shrink-from", type=Path, help="checkpoint folder of a model with a larger vision tower")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--check-limit", type=int, default=None, help="samples of each set")
     return parser.parse_args()

@@ -69,7 +69,7 @@ def _at_start(plugin: Daemon, storage: Path, chance: random.Random, number: int)
 
 def _while_it_converts(plugin: Daemon, storage: Path, chance: random.Random, number: int) -> None:
     plugin.invoke_llm(*_question(number))
-    _wait(lambda: any((storage / "artifacts").glob("*.partial")) or any((storage / "artifacts").glob("*/*.json")))
+    _wait(lambda: any(path.is_dir() for path in storage.glob("artifacts/*")))  # under whatever name it begins
     time.sleep(chance.uniform(0.0, 0.1))
 
 

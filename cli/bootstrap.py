@@ -63,7 +63,7 @@ def ensure_environment(*, development: bool) -> None:
 @contextmanager
 def _exclusive() -> Iterator[None]:
     """Two commands started together install once."""
-    with (ROOT / ".venv.lock").open("w") as lock:
+    with (ROOT / ".venv-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -71,4 +71,4 @@ def _mount(*arguments: str) -> None:
     except FileNotFoundError:
         raise Unavailable("there is no mount command") from None
     if done.returncode:
-        raise Unavailable(f"mounting is not allowed here: {done.stderr.strip()}")
+        raise Unavailable(f"mounting is not allowed here: {done.stderr.strip().splitlines()[0]}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli.daemon import Daemon, PluginError
-from tests.end_to_end.asking import about, picture, text_of
+from tests.end_to_end.asking import about, children_of, is_gone, picture, text_of
 from tests.robustness.conftest import QUESTION, ROOT, Works
 from tests.robustness.disks import Unavailable, fill, largest_file, read_only, small_disk
 
@@ -73,9 +73,8 @@ def test_a_limit_on_file_sizes_is_an_error_and_not_a_crash(tmp_path: Path) -> No
     with Daemon(ROOT, credentials={"storage": str(tmp_path / "storage")}) as plugin:
         with largest_file(plugin.pid, 1 << 20):
             _assert_refused(plugin, plugin.credentials, "no space left for", "free some")
-        (engine,) = [int(pid) for pid in _children(plugin.pid)]
-        assert (tmp_path / "storage").is_dir()
-        assert Path(f"/proc/{engine}").exists()  # the engine lives on
+        (engine,) = children_of(plugin.pid)
+        assert not is_gone(engine)
 
 
 def test_requests_go_on_when_the_caches_find_no_room(
@@ -85,13 +84,27 @@ def test_requests_go_on_when_the_caches_find_no_room(
     form = {"storage": str(storage), "threads": "1"}
     _chunks(plugin, form)  # converts the model and makes the caches
     ballast = fill(storage)
-    for number in range(40):
-        chunks = _chunks(plugin, form, f"#{number:02x}2020")
-        assert text_of(chunks).strip() == "circle"
-    assert f"{storage}/cache/features-v1 could not be" in plugin.stderr_tail  # full, and said so once
+    _assert_answers_without_cache(plugin, form)
     works()
     ballast.unlink()
     _becomes_cached(plugin, form, "blue")
+
+
+def test_requests_go_on_when_the_caches_may_not_grow(plugin: Daemon, works: Works, tmp_path: Path) -> None:
+    form = {"storage": str(tmp_path), "threads": "1"}
+    others = children_of(plugin.pid)
+    _chunks(plugin, form)
+    (engine,) = set(children_of(plugin.pid)) - set(others)
+    with largest_file(engine, 1000):
+        _assert_answers_without_cache(plugin, form)
+    works()
+    _becomes_cached(plugin, form, "blue")
+
+
+def _assert_answers_without_cache(plugin: Daemon, form: Form) -> None:
+    for number in range(40):
+        assert text_of(_chunks(plugin, form, f"#{number:02x}2020")).strip() == "circle"
+    assert f"{form['storage']}/cache/features-v1 could not be" in plugin.stderr_tail  # said once
 
 
 def test_a_read_only_storage_folder_is_named_by_the_form_and_by_requests(
@@ -157,7 +170,3 @@ def _read_only_or_skip(folder: Path) -> ExitStack:
     except Unavailable as reason:
         pytest.skip(str(reason))
     return stack
-
-
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()

@@ -105,7 +105,11 @@ class StepLoop:
             self._fail(model, affected, EngineError(f"running the model failed: {error}"))
             return True
         for sequence, token in zip(sampled, tokens.tolist(), strict=True):
-            self._commit(model, sequence, token)
+            try:
+                self._commit(model, sequence, token)
+            except Exception as error:  # text, stop words, caches: one request's own, so only that one ends
+                logger.exception("a token of model %s could not be delivered", model.name)
+                self._fail(model, [sequence], EngineError(f"continuing the answer failed: {error}"))
         return bool(affected)
 
     def _encode(self, model: Model, images: list[ImageInput]) -> None:

@@ -1,4 +1,4 @@
-"""What was computed before a restart is not computed again."""
+"""The engine as a library: what was computed before a restart, and faults inside one request."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import EngineError
+from engine.job import Job
 from engine.request import Chunk, Event, Finished, Image, Message, Request, SamplingParams, Text
 from tests.end_to_end.asking import picture
 
 
-def _ask(engine: Engine, question: str) -> list[Event]:
+def _request(question: str, max_tokens: int = 8) -> Request:
     message = Message("user", (Image(picture(size=500)), Text(question)))
-    return list(engine.submit(Request("demo", (message,), SamplingParams(max_tokens=8))))
+    return Request("demo", (message,), SamplingParams(max_tokens=max_tokens, ignore_eos=max_tokens > 8))
+
+
+def _ask(engine: Engine, question: str) -> list[Event]:
+    return list(engine.submit(_request(question)))
 
 
 def _text(events: list[Event]) -> str:
@@ -41,6 +47,25 @@ def test_a_known_image_is_not_decoded_again_and_a_known_answer_not_computed(
     assert isinstance(events[-1], Finished)
     assert events[-1].from_cache
     again.close()
+
+
+def test_a_fault_in_one_request_ends_that_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def token(job: Job, token: int, *, count: int, reused: int) -> bool:
+        if job.sampling.max_tokens == 77 and count == 5:
+            raise ValueError("a fault")
+        return deliver(job, token, count=count, reused=reused)
+
+    deliver = Job.token
+    monkeypatch.setattr(Job, "token", token)
+    engine = Engine(EngineConfig(storage=tmp_path, threads=1, cache_enabled=False))
+    good, bad = engine.submit(_request("what?", 60)), engine.submit(_request("what?", 77))
+    with pytest.raises(EngineError, match="a fault"):
+        list(bad)
+    *_, last = good
+    assert isinstance(last, Finished)
+    assert last.usage.completion_tokens == 60
+    assert _text(_ask(engine, "what shape is in the image?")) == "circle"
+    engine.close()
 
 
 def _forbidden(*_: object, **__: object) -> None:

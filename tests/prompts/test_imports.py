@@ -12,7 +12,7 @@ import os, pathlib, sys
 from engine.prompts import PromptBuilder
 from engine.request import Message, Text
 from tests.preprocess.specs import siglip_spec
-builder = PromptBuilder(pathlib.Path("demo"), siglip_spec(192, patch=16, shuffle=2, image=259))
+builder = PromptBuilder(pathlib.Path("demo"), siglip_spec(128, patch=16, shuffle=2, image=259))
 assert builder.count([Message("user", (Text("Hi"),))], []) > 5
 child = os.fork()
 if child == 0:

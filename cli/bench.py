@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--model", default="demo")
         kind.add_argument("--requests", type=int, help="requests per row (default: enough for a few seconds)")
         kind.add_argument("--output-tokens", type=int, default=32)
-        kind.add_argument("--image-size", default="320x240")
+        kind.add_argument("--image-size", default="128x128")
         kind.add_argument("--seed", type=int, default=0)
         kind.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     saved.set_defaults(image_size="1280x960")

@@ -42,7 +42,7 @@ class TrafficRequest:
         return [{"role": "user", "content": [image, {"type": "text", "data": self.question}]}]
 
 
-def traffic(count: int, *, repeats: float = 0.0, size: Size = (320, 240), seed: int = 0) -> list[TrafficRequest]:
+def traffic(count: int, *, repeats: float = 0.0, size: Size = (128, 128), seed: int = 0) -> list[TrafficRequest]:
     """`count` requests of which exactly round(count * repeats) are copies of earlier ones, spread over the second half.
 
     The same arguments give the same requests, so that runs can be compared.
@@ -66,7 +66,7 @@ def _request(random_source: random.Random, size: Size) -> TrafficRequest:
         shape((left, top, right, bottom), fill=_colour(random_source))
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=85)
-    question = " ".join(random_source.choices(WORDS, k=6)) + "?"
+    question = " ".join(random_source.choices(WORDS, k=4)) + "?"
     return TrafficRequest(encoded.getvalue(), question)
 
 

@@ -33,7 +33,8 @@ from engine.request import Chunk, Event, Message, Request
 COUNTING_THREADS = 4
 MERGE_EVERY = 64  # replies of one request that wait before their chunks are joined
 BUSY_STREAMS = 4
-PACE_S = 0.03  # a reader does not notice; at 5 ms a step it is six tokens in one message
+SWITCH_S = 0.0005  # the step loop comes back from each operator call to threads that hold the GIL
+PACE_S = 0.05  # still twenty updates a second for whoever reads along
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Outbox:
             elif number not in self._streaming:
                 self._streaming.add(number)
                 self._urgent.add(number)
-            self._changed.notify()
+            if number in self._urgent or self._pause_s() <= 0:  # else the writer's pause ends by itself
+                self._changed.notify()
 
     def take(self) -> wire.Replies:
         """What may leave now; blocks until there is something. The order within a request is kept."""
@@ -190,6 +192,7 @@ def serve(build: Callable[[EngineConfig], ServedEngine], descriptors: Sequence[s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the parent decides
     _die_with_parent(lifeline)
     _start_logging()
+    sys.setswitchinterval(SWITCH_S)
     connection = socket.socket(fileno=socket_fd)
     connection.set_inheritable(False)
     connection.setblocking(True)  # a parent that uses gevent has made it non-blocking

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import CheckpointError, InvalidRequest
+from engine.errors import CheckpointError, ContextOverflow, InvalidRequest
 from engine.preprocess import ImageInput, image_processor
 from engine.prompts.detokenize import Detokenizer
 from engine.prompts.placeholders import placeholder
@@ -23,6 +23,7 @@ from engine.spec import ModelSpec, QwenVisionSpec
 
 # Unicode noncharacters: never text (Unicode 16, 23.7), so one that a request does not contain is always found.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_ALWAYS_COUNTED = 1 << 20  # characters; a longer text may be refused without counting its tokens
 
 
 class PromptBuilder:
@@ -85,6 +86,7 @@ class PromptBuilder:
             raise InvalidRequest(_TEXT_ONLY)
         if shown != len(layouts):
             raise InvalidRequest(f"the messages show {shown} images, but {len(layouts)} were given")
+        self._refuse_hopeless(messages)
         mark = _unused_mark(messages)
         rendered = self._template.render([self._cut_control(message, mark) for message in messages])
         text, runs = self._place_images(rendered, layouts)
@@ -95,6 +97,19 @@ class PromptBuilder:
         if self._images and int((ids == self._spec.tokens.image).sum()) != expected:
             raise InvalidRequest("a message contains a spelling of the model's image token; remove it")
         return ids, runs
+
+    def _refuse_hopeless(self, messages: Sequence[Message]) -> None:
+        """Tokenising a hundred megabytes takes minutes and gigabytes, only to find that they do not fit.
+
+        Twice the longest token leaves room for tokenizers that shorten text before they cut it (Unicode's NFC).
+        """
+        context = self._spec.decoder.context_length
+        most = max(_ALWAYS_COUNTED, 2 * self.tokenizer.longest * context)
+        if (length := sum(map(len, _texts(messages)))) > most:
+            raise ContextOverflow(
+                f"the prompt is {length} characters; the context of {context} tokens cannot hold them."
+                " Shorten the prompt"
+            )
 
     def _place_images(self, rendered: str, layouts: Sequence[tuple[int, Grid]]) -> tuple[str, list[list[int]]]:
         if self._image_token is None:

@@ -32,6 +32,8 @@ class Tokenizer:
         control = {token_id: str(token.content) for token_id, token in added.items() if token.special}
         self.is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._special = frozenset(control)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+        self.longest = max(map(len, vocabulary), default=1)  # characters that one token of text can stand for
         self._bytes: dict[int, bytes] = {}
         # Longest first: of two tokens that begin alike, the tokenizer takes the longer one.
         spellings = sorted(control.values(), key=len, reverse=True)

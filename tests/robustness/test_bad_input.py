@@ -101,6 +101,14 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(plugin: Daemon,
     works()
 
 
+def test_a_text_of_many_megabytes_is_refused_without_tokenising_it(plugin: Daemon, works: Works) -> None:
+    messages = [{"role": "user", "content": "word " * (4 << 20)}]
+    started = time.perf_counter()
+    _refused(plugin, messages, "the prompt is 20971520 characters", "4096 tokens", "Shorten the prompt")
+    print(f"20 MiB of text: refused in {time.perf_counter() - started:.2f} s")
+    works()
+
+
 @pytest.mark.parametrize(
     ("parameters", "fragments"),
     [

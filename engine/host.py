@@ -192,6 +192,7 @@ def serve(build: Callable[[EngineConfig], ServedEngine], descriptors: Sequence[s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the parent decides
     _die_with_parent(lifeline)
     _start_logging()
+    threading.excepthook = _end_with_thread
     sys.setswitchinterval(SWITCH_S)
     connection = socket.socket(fileno=socket_fd)
     connection.set_inheritable(False)
@@ -205,6 +206,14 @@ def serve(build: Callable[[EngineConfig], ServedEngine], descriptors: Sequence[s
     _send(connection, wire.Ready(os.getpid()))
     while True:
         _send(connection, outbox.take())
+
+
+def _end_with_thread(death: threading.ExceptHookArgs) -> NoReturn:
+    """A thread that dies of a bug (the step loop, say) would leave every request hanging; a new process does better."""
+    name = "a thread" if death.thread is None else death.thread.name
+    problem = death.exc_value or death.exc_type()
+    log.critical("%s died; the process ends with it", name, exc_info=problem)
+    os._exit(1)
 
 
 def _greet(connection: socket.socket, frames: IO[bytes]) -> EngineConfig:

@@ -111,6 +111,10 @@ def _weight(part: Text | Image) -> int:
     return len(part.text if isinstance(part, Text) else part.data)
 
 
+def _fail() -> None:
+    raise ZeroDivisionError("a bug on a thread of its own")
+
+
 def _act(model: str, emit: OnEvent) -> None:
     """What a request of this name does to the process, or raises."""
     if model == "refused":
@@ -119,6 +123,8 @@ def _act(model: str, emit: OnEvent) -> None:
         raise ZeroDivisionError("a bug\non two lines")
     if model == "crash":
         ctypes.string_at(0)
+    if model == "loses-a-thread":
+        _thread(_fail)
     if model == "spins":
         _thread(_spin)
     if model == "holds-the-gil":

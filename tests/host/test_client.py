@@ -203,6 +203,12 @@ def test_a_crash_is_reported_with_its_signal(client: EngineClient) -> None:
     assert text(list(client.stream(request("words")))) == words(5)
 
 
+def test_a_thread_that_dies_ends_the_process_and_no_request_waits_for_it(client: EngineClient) -> None:
+    with pytest.raises(EngineStopped, match="exit status 1"):
+        list(client.stream(request("loses-a-thread")))
+    assert text(list(client.stream(request("words")))) == words(5)
+
+
 def test_a_process_that_was_killed_while_idle_is_replaced(client: EngineClient) -> None:
     list(client.stream(request("words")))
     os.kill(pid_of(client), signal.SIGKILL)

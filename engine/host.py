@@ -33,6 +33,7 @@ from engine.request import Chunk, Event, Message, Request
 COUNTING_THREADS = 4
 MERGE_EVERY = 64  # replies of one request that wait before their chunks are joined
 BUSY_STREAMS = 4
+TICK_S = 0.005
 SWITCH_S = 0.0005  # the step loop comes back from each operator call to threads that hold the GIL
 PACE_S = 0.05  # still twenty updates a second for whoever reads along
 
@@ -59,15 +60,16 @@ class Outbox:
     """Replies on their way to the client, kept per request.
 
     Whatever queues up while a frame is being sent travels in the next one, neighbouring chunks joined: an idle line
-    adds no delay, and memory stays bounded by the number of requests and the length of their texts. While more than
-    BUSY_STREAMS requests are answered at once, only a request's first and last reply leave immediately; the chunks
-    between are gathered for PACE_S, because every message costs the protocol process and Dify's daemon the same.
+    adds no delay, and memory stays bounded by the number of requests and the length of their texts. With more than
+    BUSY_STREAMS requests answered at once, replies leave at a pace: a request's first and last within TICK_S, the
+    chunks between every PACE_S, because every message costs the protocol process and Dify's daemon the same, and
+    waking the writer for each token costs the step loop.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: dict[int, list[wire.Reply]] = {}
-        self._streaming: set[int] = set()  # requests whose first chunk is out
+        self._streaming: set[int] = set()  # requests whose first chunk came, and whose last reply did not
         self._urgent: set[int] = set()
         self._paced_until = 0.0
 
@@ -77,33 +79,37 @@ class Outbox:
             replies.append(reply)
             if len(replies) >= MERGE_EVERY:
                 replies[:] = wire.merge_chunks(replies)
+            if not self._is_busy:
+                self._changed.notify()  # else the writer looks by itself
             if not isinstance(reply, Chunk):
                 self._streaming.discard(number)
                 self._urgent.add(number)
             elif number not in self._streaming:
                 self._streaming.add(number)
                 self._urgent.add(number)
-            if number in self._urgent or self._pause_s() <= 0:  # else the writer's pause ends by itself
-                self._changed.notify()
 
     def take(self) -> wire.Replies:
         """What may leave now; blocks until there is something. The order within a request is kept."""
         with self._changed:
-            while not self._urgent and not (self._waiting and self._pause_s() <= 0):
-                self._changed.wait(self._pause_s() if self._waiting else None)
-            if self._pause_s() > 0:
-                taken = {number: self._waiting.pop(number) for number in self._urgent}
-            else:
-                taken, self._waiting = self._waiting, {}
-                self._paced_until = time.monotonic() + PACE_S
-            self._urgent.clear()
+            while self._is_busy and time.monotonic() < self._paced_until:
+                if self._urgent:
+                    return self._replies({number: self._waiting.pop(number) for number in self._urgent})
+                self._changed.wait(TICK_S)
+            while not self._waiting:
+                self._changed.wait(TICK_S if self._is_busy else None)
+            self._paced_until = time.monotonic() + PACE_S
+            taken, self._waiting = self._waiting, {}
+            return self._replies(taken)
+
+    @property
+    def _is_busy(self) -> bool:
+        return len(self._streaming) > BUSY_STREAMS
+
+    def _replies(self, taken: dict[int, list[wire.Reply]]) -> wire.Replies:
+        self._urgent.clear()
         return wire.Replies(
             tuple((number, reply) for number, replies in taken.items() for reply in wire.merge_chunks(replies))
         )
-
-    def _pause_s(self) -> float:
-        """Seconds until chunks that are not urgent may leave."""
-        return self._paced_until - time.monotonic() if len(self._streaming) > BUSY_STREAMS else 0.0
 
 
 class Host:

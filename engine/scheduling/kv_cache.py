@@ -92,13 +92,14 @@ class KVCache:
         if not self._reuse or sequence.row is None:
             return
         hashes = sequence.block_hashes(BLOCK)[: sequence.computed // BLOCK]
+        self._touch(hashes)
         known = next((index for index, digest in enumerate(hashes) if digest not in self._prefixes), len(hashes))
-        for index in range(known, len(hashes)):
-            if hashes[index] in self._prefixes:
-                continue
-            if not self._reserve(1):
-                break
-            self._prefixes[hashes[index]] = self._memory.read_kv(sequence.row, index * BLOCK, (index + 1) * BLOCK)
+        count = min(len(hashes) - known, self.blocks - self.used_blocks)
+        if count <= 0 or not self._reserve(count):
+            return
+        kv = self._memory.read_kv(sequence.row, known * BLOCK, (known + count) * BLOCK)
+        for digest, block in zip(hashes[known:], np.split(kv, count, axis=3), strict=False):
+            self._prefixes[digest] = block
         self._touch(hashes)
 
     def _match(self, sequence: Sequence) -> list[NDArray[np.float32]]:

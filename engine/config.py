@@ -54,7 +54,7 @@ class EngineConfig:
     feature_cache_mib: int = 1024
     cache_expiry_hours: float = 24 * 7
     request_timeout_s: float = 540.0  # below the 600 s at which Dify gives up
-    threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one per core
+    threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one for a small model, every core for a large one
     preprocess_workers: int = 2
 
     def __post_init__(self) -> None:

@@ -67,6 +67,12 @@ class Checkpoint:
             for name, shape in _header(file).items():
                 source = family.source_name(name)
                 tensors[source], shapes[source] = Stored(file, name), shape
+        layers = spec.decoder.layers + (spec.vision.layers if spec.vision else 0)
+        if layers > len(shapes):  # said here, because listing the weights of a billion layers takes all memory
+            raise CheckpointError(
+                f"{folder}: config.json asks for {layers} layers, but the weights have only {len(shapes)} tensors;"
+                " the two do not belong together"
+            )
         for weight in family.weights(spec):
             _check_shapes(weight, shapes, folder)
         return cls(folder, family, spec, _digest(config, files), tensors)

@@ -195,10 +195,13 @@ def _cut(name: str) -> Callable[[Path], None]:
     return cut
 
 
-def _other_shape(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_bytes())
-    config["text_config"]["intermediate_size"] *= 2
-    (folder / "config.json").write_text(json.dumps(config))
+def _configured(name: str, value: int) -> Callable[[Path], None]:
+    def configure(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_bytes())
+        config["text_config"][name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return configure
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
@@ -206,7 +209,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "half a config": (_cut("config.json"), ("config.json is not valid JSON", "download it again")),
     "a list as config": (_with("config.json", b"[]"), ("config.json must hold a JSON object",)),
     "a foreign family": (_with("config.json", b'{"model_type": "bert"}'), ("bert",)),
-    "another shape": (_other_shape, ("config.json asks for", "do not belong together")),
+    "another shape": (_configured("intermediate_size", 7), ("config.json asks for", "do not belong together")),
+    "too many layers": (_configured("num_hidden_layers", 10**9), ("asks for 1000000006 layers", "belong together")),
     "no weights": (_without("model.safetensors"), ("model.safetensors is missing", "download the checkpoint again")),
     "half the weights": (_cut("model.safetensors"), ("model.safetensors is truncated", "download it again")),
     "no tokenizer": (_without("tokenizer.json"), ("tokenizer.json",)),

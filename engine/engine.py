@@ -239,7 +239,7 @@ class Engine:
     def _ended(self, stream: Stream) -> None:
         with self._lock:
             self._open.discard(stream)
-        self._loop.wake()
+        self._loop.on_stream_end()
 
 
 def _open_caches(config: EngineConfig) -> tuple[AnswerCache | None, FeatureCache | None]:

@@ -41,6 +41,7 @@ class StepLoop:
         self._encoder = ThreadPoolExecutor(1, "engine-encode")
         self._models: list[Model] = []
         self._awake = threading.Condition()
+        self._streams_ended = False  # since the last look for abandoned jobs
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
         self._thread.start()
@@ -53,8 +54,10 @@ class StepLoop:
             self._inbox.append((model, sequence))
             self._awake.notify()
 
-    def wake(self) -> None:
+    def on_stream_end(self) -> None:
+        """A stream ended, perhaps the last one of its job. From any thread."""
         with self._awake:
+            self._streams_ended = True
             self._awake.notify()
 
     def close(self) -> None:
@@ -67,6 +70,7 @@ class StepLoop:
     def _run(self) -> None:
         while not self._closing:
             self._take_in()
+            self._drop_abandoned()
             self._housekeeping()
             worked = [self._step(model) for model in self._models]
             if not any(worked):
@@ -81,6 +85,7 @@ class StepLoop:
     def _take_in(self) -> None:
         with self._awake:
             arrived, self._inbox = self._inbox, deque()
+            self._streams_ended |= bool(arrived)  # those of the new ones may have ended already
         for model, sequence in arrived:
             if model not in self._models:
                 self._models.append(model)
@@ -88,10 +93,16 @@ class StepLoop:
         while self._encoded:
             self._take_features(*self._encoded.popleft())
 
+    def _drop_abandoned(self) -> None:
+        if not self._streams_ended:
+            return
+        self._streams_ended = False
+        for model in self._models:
+            for sequence in [sequence for sequence in model.scheduler if _job(sequence).is_abandoned]:
+                model.scheduler.remove(sequence)
+
     def _step(self, model: Model) -> bool:
         """Schedule, run, sample, commit. True when there was work."""
-        for sequence in [sequence for sequence in model.scheduler if _job(sequence).is_abandoned]:
-            model.scheduler.remove(sequence)
         affected = list(model.scheduler)
         try:
             plan = model.scheduler.schedule()

@@ -16,6 +16,7 @@ from engine.runtime.session import open_session
 
 Logits = bool | Literal["all"]
 _BINDINGS = 256
+_KEPT_BYTES = 2**20  # of an empty row
 
 
 class Decoder:
@@ -112,8 +113,9 @@ class Decoder:
         self._lengths[row] = stop
 
     def release(self, row: int) -> None:
-        """Empty the row and give its memory back."""
-        self._memory.release(row)
+        """Empty the row and give its memory back, unless it is too little to be worth the system calls."""
+        if int(self._lengths[row]) * self.spec.kv_bytes_per_token > _KEPT_BYTES:
+            self._memory.release(row)
         self._lengths[row] = 0
 
     def _binding(self, first: int, count: int) -> RowBinding:

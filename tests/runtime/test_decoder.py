@@ -82,7 +82,8 @@ def test_memory_is_committed_as_written_and_given_back_on_release(tiny_vlm: Tiny
     assert not memory.read(7, 0, 50_000).any()
 
 
-def test_release_leaves_the_neighbouring_rows(tiny_vlm: Tiny) -> None:
+def test_release_leaves_the_neighbouring_rows(tiny_vlm: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.runtime.decoder._KEPT_BYTES", 0)
     case, decoder = tiny_vlm.case, tiny_vlm.decoder("fp32")
     for row in range(3):
         prefill(decoder, row, case, 0, 60)
@@ -91,6 +92,15 @@ def test_release_leaves_the_neighbouring_rows(tiny_vlm: Tiny) -> None:
     assert not decoder.read_kv(1, 0, 60).any()
     assert np.array_equal(decoder.read_kv(0, 0, 60), kept)
     assert np.array_equal(decoder.read_kv(2, 0, 60), kept)
+
+
+def test_a_short_row_keeps_its_pages_and_is_empty_all_the_same(tiny_vlm: Tiny) -> None:
+    case, decoder = tiny_vlm.case, tiny_vlm.decoder("fp32")
+    prefill(decoder, 0, case, 0, 60)
+    decoder.release(0)
+    assert decoder.read_kv(0, 0, 60).any()
+    fresh = prefill(tiny_vlm.decoder("fp32"), 0, case, 0, 40)
+    assert np.array_equal(prefill(decoder, 0, case, 0, 40), fresh)
 
 
 def test_more_rows_than_there_are_addresses_are_a_clear_error(tiny_vlm: Tiny) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ def read_norm(preprocessor: Mapping[str, Any], default: PixelNorm) -> PixelNorm:
     section = Section(preprocessor)
     mean = _channels(preprocessor, "image_mean", default.mean)
     std = _channels(preprocessor, "image_std", default.std)
+    if not all(0 < number < math.inf for number in std):  # pixels are divided by them
+        raise CheckpointError(f"preprocessor_config.json: image_std is {list(std)}; it must be three positive numbers")
     if not section.boolean("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     rescale = section.number("rescale_factor", default.rescale) if section.boolean("do_rescale", True) else 1.0

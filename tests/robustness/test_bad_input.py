@@ -217,6 +217,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "half a tokenizer": (_cut("tokenizer.json"), ("tokenizer.json",)),
     "no chat template": (_without("chat_template.jinja"), ("chat template", "add the file")),
     "half a chat template": (_with("chat_template.jinja", b"{% for"), ("chat_template.jinja is not a valid",)),
+    "image settings of zero": (_with("preprocessor_config.json", b'{"image_std": [0, 0, 0]}'), ("three positive",)),
     "half the image settings": (_cut("preprocessor_config.json"), ("preprocessor_config.json",)),
 }
 

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Return 0 when every request of every row was answered."""
     rows = list(_rows(arguments))
     result = {"bench": arguments.kind, "model": arguments.model, "card": card(), "rows": rows}
-    if arguments.kind == "ladder":
+    if arguments.kind != "latency" and all(row["requests"] for row in rows):
         result["ratios"] = _ratios(rows)
     _print_card(result["card"])
     latency.print_table(rows) if arguments.kind == "latency" else _print_table(result)
@@ -76,14 +76,13 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _serve(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = {"precision": arguments.precision, "cache_enabled": str(arguments.cache).lower()}
-    for number, concurrency in enumerate(int(word) for word in arguments.concurrency.split(",")):
-        count = arguments.requests or 40 + 12 * concurrency
-        requests = _traffic(arguments, count, arguments.repeats, arguments.seed + number)
+    requests = _traffic(arguments, arguments.requests or 480, arguments.repeats, arguments.seed)
+    for concurrency in (int(word) for word in arguments.concurrency.split(",")):
         yield {"row": f"{concurrency} concurrent", **measure(arguments, settings, requests, concurrency)}
 
 
 def _ladder(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    requests = _traffic(arguments, arguments.requests or 250, 0.2, arguments.seed)
+    requests = _traffic(arguments, arguments.requests or 400, 0.2, arguments.seed)
     for name, settings in LADDER.items():
         yield {"row": name, **measure(arguments, settings, requests, arguments.concurrency)}
 
@@ -105,8 +104,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="tessera-bench-") as storage:
         credentials = {"storage": storage, "max_waiting": "1024", **settings}
         with Daemon(ROOT, credentials=credentials) as daemon:
-            for warm_up in traffic(2, seed=-1):
-                ask(daemon, arguments.model, warm_up.messages(), parameters)
+            _drive(daemon, arguments.model, traffic(2 * concurrency, seed=-1), parameters, concurrency)  # warm-up
             measured = _drive(daemon, arguments.model, requests, parameters, concurrency)
             memory = peak_memory(daemon.pid)
         row = summary(measured)
@@ -141,7 +139,7 @@ def _drive(
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last rung against the first."""
+    """The last row against the first."""
     first, last = rows[0], rows[-1]
     return {
         "throughput": round(last["output_token_throughput"] / first["output_token_throughput"], 2),
@@ -167,4 +165,4 @@ def _print_table(result: Mapping[str, Any]) -> None:
         figures += [f"{value:.1f}" for value in times] + [str(row["cache_hits"]), str(row["memory_mib"])]
         print(("{:<24}" + "{:>10}" * 9).format(row["row"], *figures))
     if ratios := result.get("ratios"):
-        print("last rung against the first: " + ", ".join(f"{name} {value:.2f}x" for name, value in ratios.items()))
+        print("last row against the first: " + ", ".join(f"{name} {value:.2f}x" for name, value in ratios.items()))

@@ -139,13 +139,13 @@ def _drive(
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last row against the first."""
+    """The last row against the first: how many times the throughput, and, at the same load, how many times less."""
     first, last = rows[0], rows[-1]
-    return {
-        "throughput": round(last["output_token_throughput"] / first["output_token_throughput"], 2),
-        "mean_latency": round(first["latency_ms"]["mean"] / last["latency_ms"]["mean"], 2),
-        "weight_bytes": round(first["weight_bytes"] / last["weight_bytes"], 2),
-    }
+    ratios = {"throughput": last["output_token_throughput"] / first["output_token_throughput"]}
+    if first["concurrency"] == last["concurrency"]:
+        ratios["mean_latency"] = first["latency_ms"]["mean"] / last["latency_ms"]["mean"]
+        ratios["weight_bytes"] = first["weight_bytes"] / last["weight_bytes"]
+    return {name: round(ratio, 2) for name, ratio in ratios.items()}
 
 
 def _print_card(values: Mapping[str, Any]) -> None:
@@ -162,7 +162,7 @@ def _print_table(result: Mapping[str, Any]) -> None:
         ttft, tpot, latency = row["ttft_ms"], row["tpot_ms"] or {"median": 0.0}, row["latency_ms"]
         times = (ttft["median"], ttft["p99"], tpot["median"], latency["mean"], latency["p99"])
         figures = [f"{row['request_throughput']:.1f}", f"{row['output_token_throughput']:.0f}"]
-        figures += [f"{value:.1f}" for value in times] + [str(row["cache_hits"]), str(row["memory_mib"])]
+        figures += [f"{value:.1f}" for value in times] + [str(row["cache_hits"]), str(sum(row["memory_mib"].values()))]
         print(("{:<24}" + "{:>10}" * 9).format(row["row"], *figures))
     if ratios := result.get("ratios"):
         print("last row against the first: " + ", ".join(f"{name} {value:.2f}x" for name, value in ratios.items()))

@@ -34,7 +34,6 @@ COUNTING_THREADS = 4
 MERGE_EVERY = 64  # replies of one request that wait before their chunks are joined
 BUSY_STREAMS = 4
 TICK_S = 0.005
-SWITCH_S = 0.0005  # the step loop comes back from each operator call to threads that hold the GIL
 PACE_S = 0.05  # still twenty updates a second for whoever reads along
 
 log = logging.getLogger(__name__)
@@ -199,7 +198,6 @@ def serve(build: Callable[[EngineConfig], ServedEngine], descriptors: Sequence[s
     _die_with_parent(lifeline)
     _start_logging()
     threading.excepthook = _end_with_thread
-    sys.setswitchinterval(SWITCH_S)
     connection = socket.socket(fileno=socket_fd)
     connection.set_inheritable(False)
     connection.setblocking(True)  # a parent that uses gevent has made it non-blocking

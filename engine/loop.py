@@ -161,11 +161,10 @@ class StepLoop:
             logits.append(decoded[current])
             sampled += [plan.decode[row] for row in current]
         stacked = np.concatenate(logits)
-        spec = model.artifact.spec
-        eos = [token for token in spec.tokens.eos if token < spec.decoder.vocab]
-        for row, sequence in zip(stacked, sampled, strict=True):
-            if _job(sequence).sampling.ignore_eos:
-                row[eos] = -np.inf
+        if endless := [row for row, sequence in enumerate(sampled) if _job(sequence).sampling.ignore_eos]:
+            spec = model.artifact.spec
+            eos = [token for token in spec.tokens.eos if token < spec.decoder.vocab]
+            stacked[np.ix_(endless, eos)] = -np.inf
         return sampled, stacked
 
     def _commit(self, model: Model, sequence: Sequence, token: int) -> None:

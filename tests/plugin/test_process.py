@@ -67,7 +67,7 @@ def test_the_engine_gets_the_request_as_dify_sent_it(daemon: Daemon) -> None:
 
 
 def test_without_max_tokens_the_models_default_holds(daemon: Daemon) -> None:
-    assert json.loads(answer(daemon, "echo"))["sampling"]["max_tokens"] == 64
+    assert json.loads(answer(daemon, "echo"))["sampling"]["max_tokens"] == 128
 
 
 @pytest.mark.parametrize(

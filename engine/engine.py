@@ -32,7 +32,7 @@ from engine.errors import (
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, load_model
-from engine.preprocess import ImageInput
+from engine.preprocess import ImageInput, image_size
 from engine.prompts import Prompt
 from engine.request import Chunk, Finished, Image, Message, Request, Timings
 from engine.sampling import SamplerState
@@ -88,10 +88,9 @@ class Engine:
 
     def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
         """Tokens of the prompt, images included. Blocks while the model loads."""
-        loaded = self.load(model)
-        images = tuple(part for message in messages for part in message.parts if isinstance(part, Image))
-        layouts = loaded.layouts(images, self.config.max_image_megapixels)
-        return len(loaded.prompts.build(messages, layouts).token_ids)
+        images = [part for message in messages for part in message.parts if isinstance(part, Image)]
+        sizes = [image_size(image.data, max_megapixels=self.config.max_image_megapixels) for image in images]
+        return self.load(model).prompts.count(messages, sizes)
 
     def load(self, name: str) -> Model:
         """Load a model now instead of at its first request; blocks."""

@@ -26,10 +26,6 @@ class Answer:
     reason: FinishReason
     usage: Usage
 
-    @property
-    def tokens(self) -> int:
-        return self.usage.completion_tokens
-
 
 class AnswerCache:
     """Answers in `folder`/answers-v1. Nothing here raises or waits for a disk; a disk that fails is an empty cache."""
@@ -41,14 +37,10 @@ class AnswerCache:
     def get(self, key: bytes) -> Answer | None:
         return self._store.get(key)
 
-    def put(self, key: bytes, answer: Answer, *, model: str = "") -> None:
-        """Keep an answer, soon; `model` lets `evict` find it."""
+    def put(self, key: bytes, answer: Answer) -> None:
+        """Keep an answer, soon."""
         expiry = self._expiry_s * random.uniform(1 - EXPIRY_JITTER, 1 + EXPIRY_JITTER)
-        self._store.put(key, answer, nbytes=len(answer.text), expiry_s=expiry, tag=model)
-
-    def evict(self, model: str) -> None:
-        """Forget a model's answers, soon."""
-        self._store.evict(model)
+        self._store.put(key, answer, nbytes=len(answer.text), expiry_s=expiry)
 
     def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Wait until what was put is on disk; False when that took too long."""

@@ -57,7 +57,6 @@ def open_database(folder: Path, size_limit_bytes: int) -> Database:
         "eviction_policy": "least-recently-used",
         "size_limit": size_limit_bytes,
         "statistics": 0,  # would make every lookup a write
-        "tag_index": 1,
         "sqlite_mmap_size": 0,  # a database truncated by somebody else is an error then, not a SIGBUS
         "sqlite_synchronous": 1,  # NORMAL: with a write-ahead log a power cut loses the last entries, never the file
     }

@@ -27,8 +27,8 @@ class FeatureCache:
         """The features, read-only, bit for bit as they were put."""
         return self._store.get(key)
 
-    def put(self, key: bytes, features: NDArray[np.floating], *, model: str = "") -> None:
-        """Keep a copy of float32 or float16 features [tokens, hidden], soon; `model` lets `evict` find them.
+    def put(self, key: bytes, features: NDArray[np.floating]) -> None:
+        """Keep a copy of float32 or float16 features [tokens, hidden], soon.
 
         Raises ValueError for another type or shape.
         """
@@ -36,11 +36,7 @@ class FeatureCache:
             raise ValueError(f"features of shape {features.shape} and type {features.dtype}")
         copy = np.array(features, order="C", copy=True)
         copy.flags.writeable = False
-        self._store.put(key, copy, nbytes=copy.nbytes, expiry_s=None, tag=model)
-
-    def evict(self, model: str) -> None:
-        """Forget a model's features, soon."""
-        self._store.evict(model)
+        self._store.put(key, copy, nbytes=copy.nbytes, expiry_s=None)
 
     def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Wait until what was put is on disk; False when that took too long."""

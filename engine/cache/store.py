@@ -84,17 +84,14 @@ class Store[T]:
         self._submit("updated", lambda current: change(current, key))
         return value
 
-    def put(self, key: bytes, value: T, *, nbytes: int, expiry_s: float | None, tag: str) -> None:
+    def put(self, key: bytes, value: T, *, nbytes: int, expiry_s: float | None) -> None:
         """Keep a value, soon; it is found from now on. Dropped when too much is waiting, or it is over the limit."""
         if nbytes > self._size_limit:
             return
         with self._lock:
             self._pending[key] = value
-        if not self._thread.submit(lambda: self._write(key, value, expiry_s, tag), nbytes):
+        if not self._thread.submit(lambda: self._write(key, value, expiry_s), nbytes):
             self._forget_pending(key, value)
-
-    def evict(self, tag: str) -> None:
-        self._submit("evicted from", lambda database: database.writer.evict(tag))
 
     def flush(self, timeout_s: float) -> bool:
         return self._thread.flush(timeout_s)
@@ -108,12 +105,12 @@ class Store[T]:
     def _submit(self, doing: str, change: Callable[[Database], object]) -> None:
         self._thread.submit(lambda: self._guard(doing, change))
 
-    def _write(self, key: bytes, value: T, expiry_s: float | None, tag: str) -> None:
+    def _write(self, key: bytes, value: T, expiry_s: float | None) -> None:
         try:
             blob = self._encode(key, value)
 
             def change(database: Database) -> None:
-                database.writer.set(key, blob, expire=expiry_s, tag=tag)
+                database.writer.set(key, blob, expire=expiry_s)
                 if database.writer.volume() > self._size_limit:
                     database.writer.cull()
 

@@ -117,15 +117,6 @@ def test_an_answer_over_the_whole_limit_is_not_kept(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_a_model_can_be_forgotten(cache: AnswerCache) -> None:
-    cache.put(key(1), ANSWER, model="old")
-    cache.put(key(2), ANSWER, model="new")
-    cache.evict("old")
-    cache.flush()
-    assert cache.get(key(1)) is None
-    assert cache.get(key(2)) == ANSWER
-
-
 def test_a_closed_cache_is_empty_and_takes_nothing(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     cache.put(key(1), ANSWER)

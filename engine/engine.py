@@ -100,12 +100,13 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """Plain values about what is loaded and under way."""
         with self._lock:
-            models = {name: future for name, future in self._models.items() if future.done()}
+            futures = dict(self._models)
             waiting = len(self._open)
+        loaded = {name: future for name, future in futures.items() if future.done() and not future.exception()}
         return {
             "open_requests": waiting,
             "known_models": sorted(known_models(self.config.storage)),
-            "models": {name: _model_status(future.result()) for name, future in models.items()},
+            "models": {name: _model_status(future.result()) for name, future in loaded.items()},
         }
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import EngineError, EngineStopped
+from engine.errors import Cancelled, EngineError, EngineStopped
 from engine.job import Job
 from engine.model import Model
 from engine.preprocess import ImageInput
@@ -98,8 +98,8 @@ class StepLoop:
             return
         self._streams_ended = False
         for model in self._models:
-            for sequence in [sequence for sequence in model.scheduler if _job(sequence).is_abandoned]:
-                model.scheduler.remove(sequence)
+            abandoned = [sequence for sequence in model.scheduler if _job(sequence).is_abandoned]
+            self._fail(model, abandoned, Cancelled("nobody waits for this request any more"))
 
     def _step(self, model: Model) -> bool:
         """Schedule, run, sample, commit. True when there was work."""

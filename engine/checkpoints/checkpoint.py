@@ -101,10 +101,11 @@ class Checkpoint:
 
 def read_config(folder: Path) -> CheckpointConfig:
     """The JSON files of a checkpoint. Raises CheckpointError; only config.json must be there."""
-    preprocessor = _json(folder / "preprocessor_config.json", required=False)
-    if not preprocessor:
-        # transformers 5 nests the image processor in the processor's file.
-        preprocessor = _json(folder / "processor_config.json", required=False).get("image_processor") or {}
+    # transformers 5 nests the image processor in the processor's file, which then comes first, as in
+    # engine/preprocess/settings.py: pixels and their norm must be of one file.
+    preprocessor = _json(folder / "processor_config.json", required=False).get("image_processor")
+    if preprocessor is None:
+        preprocessor = _json(folder / "preprocessor_config.json", required=False)
     return CheckpointConfig(
         model=_json(folder / "config.json", required=True),
         generation=_json(folder / "generation_config.json", required=False),

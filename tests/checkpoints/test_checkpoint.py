@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from engine.checkpoints import Checkpoint
 from engine.checkpoints import checkpoint as module
 from engine.errors import CheckpointError
+from engine.preprocess import read_settings
 from tests.runtime import models
 
 
@@ -99,6 +100,12 @@ def test_the_image_processor_may_be_nested_in_the_processors_file(folder: Path) 
 def expect(folder: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)):
         Checkpoint.open(folder)
+
+
+def test_where_both_files_describe_the_images_the_processors_comes_first(folder: Path) -> None:
+    (folder / "processor_config.json").write_text('{"image_processor": {"image_mean": [0.1, 0.2, 0.3]}}')
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.7, 0.8, 0.9]}')
+    assert module.read_config(folder).preprocessor == read_settings(folder).values
 
 
 def test_a_missing_folder_or_file_is_named(folder: Path, tmp_path: Path) -> None:

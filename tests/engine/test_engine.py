@@ -191,6 +191,19 @@ def test_a_cancelled_request_stops_costing_work(start: Start) -> None:
     assert_idle(engine)
 
 
+def test_a_cancelled_deterministic_request_is_forgotten(start: Start, tmp_path: Path) -> None:
+    engine = start(storage=tmp_path, cache_enabled=True)
+    slow_down(engine, 0.01)
+    answer = ask(engine, request("hello", max_tokens=4000, ignore_eos=True))
+    while not answer.chunks:
+        time.sleep(0.01)
+    assert len(engine._jobs) == 1
+    assert answer.stream is not None
+    answer.stream.cancel()
+    assert_idle(engine)
+    assert not engine._jobs
+
+
 def assert_idle(engine: Engine) -> None:
     limit = time.monotonic() + 10
     while (status := engine.status())["models"]["demo"]["running"] or status["open_requests"]:
@@ -247,6 +260,7 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(engine: Engine, storage
     folder.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         _ = ask(engine, request("hello", model="half")).wait().text
+    assert "half" not in engine.status()["models"]
     for file in (ROOT / "demo").iterdir():
         (folder / file.name).symlink_to(file)
     assert ask(engine, request("hello", model="half", max_tokens=3)).wait().text

@@ -1,4 +1,4 @@
-"""The decoder: token ids and image features in, logits out."""
+"""The decoder: embedded tokens in, logits out."""
 
 from __future__ import annotations
 
@@ -8,29 +8,16 @@ from engine.graphs.dialect import DecoderDialect
 from engine.spec import DecoderSpec
 
 
-def decoder_graph(
-    dialect: DecoderDialect,
-    spec: DecoderSpec,
-    *,
-    token_ids: ir.Value,
-    features: tuple[ir.Value, ir.Value],
-    rows: ir.Value,
-) -> ir.Value:
-    """Logits [R, vocab] of the tokens at `rows` [R] of `token_ids` [T].
-
-    `features` are (indices [F, 1], values [F, hidden]): values[i] replaces the embedding of token indices[i].
-    """
-    builder = dialect.builder
-    x = dialect.embedding(token_ids, "embedding")
-    x = builder.op("ScatterND", x, *features)
+def decoder_graph(dialect: DecoderDialect, spec: DecoderSpec, x: ir.Value, rows: ir.Value) -> ir.Value:
+    """Logits [R, vocab] of the tokens at `rows` [R], from the embedded tokens and image features x [T, hidden]."""
     normed = dialect.rms_norm(x, "layers.0.attention_norm", spec.norm_eps)
     for layer in range(spec.layers):
         name = f"layers.{layer}"
         qkv = dialect.linear(normed, f"{name}.qkv")
         attention = dialect.linear(dialect.attention(qkv, layer), f"{name}.out")
         normed, x = dialect.add_rms_norm(attention, x, f"{name}.mlp_norm", spec.norm_eps)
-        mlp = dialect.linear(dialect.silu_gate(dialect.linear(normed, f"{name}.gate_up")), f"{name}.down")
+        mlp = dialect.linear(dialect.silu_gate(normed, f"{name}.gate_up"), f"{name}.down")
         following = f"layers.{layer + 1}.attention_norm" if layer + 1 < spec.layers else "norm"
         normed, x = dialect.add_rms_norm(mlp, x, following, spec.norm_eps)
-    chosen = builder.op("Gather", normed, rows, axis=0)
+    chosen = dialect.builder.op("Gather", normed, rows, axis=0)
     return dialect.linear(chosen, "embedding" if spec.tied_head else "head")

@@ -27,18 +27,14 @@ class Dialect(Protocol):
 class DecoderDialect(Dialect, Protocol):
     """What a decoder is made of."""
 
-    def embedding(self, token_ids: ir.Value, name: str) -> ir.Value:
-        """Rows of a table: ids [T] to [T, hidden]."""
-        ...
-
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value: ...
 
     def add_rms_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
         """(norm of the sum, the sum)."""
         ...
 
-    def silu_gate(self, gate_up: ir.Value) -> ir.Value:
-        """silu(first half) * second half."""
+    def silu_gate(self, x: ir.Value, name: str) -> ir.Value:
+        """silu(gate) * up, where NAME's output is gate and up side by side."""
         ...
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:

@@ -9,7 +9,7 @@ from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT, GraphBuilder
 from engine.graphs.cpu.linear import linears
 from engine.graphs.decoder import decoder_graph
-from engine.spec import RopeSpec
+from engine.graphs.rotary import rotary_tables
 
 
 class DecoderInputs:
@@ -45,7 +45,8 @@ def cpu_decoder(artifact: Artifact, capacity: int) -> bytes:
     feature_values = builder.input(DecoderInputs.FEATURE_VALUES, np.float32, ["F", spec.hidden])
     rows = builder.input(DecoderInputs.LOGITS_ROWS, np.int64, ["R"])
     dialect = CpuDecoderDialect(builder, artifact, capacity)
-    logits = decoder_graph(dialect, spec, token_ids=token_ids, features=(feature_rows, feature_values), rows=rows)
+    x = builder.op("ScatterND", dialect.embedding(token_ids, "embedding"), feature_rows, feature_values)
+    logits = decoder_graph(dialect, spec, x, rows)
     builder.output(logits, DecoderInputs.LOGITS, np.float32)
     dialect.output_cache()
     return builder.serialise()
@@ -64,7 +65,7 @@ class CpuDecoderDialect:
         self._longest = builder.input(DecoderInputs.LONGEST, np.int32, [])
         rope = self._spec.rope
         self._positions = builder.input(DecoderInputs.POSITIONS, np.int64, [3, "B", "S"]) if rope.axes == 3 else None
-        self._rotary = rotary_tables(builder, rope, capacity)
+        self._rotary = rotary_tables(builder, rope, capacity, np.float32)
         self._presents: list[tuple[str, ir.Value]] = []
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
@@ -82,8 +83,8 @@ class CpuDecoderDialect:
         total = self.builder.op("Add", x, residual)
         return self.rms_norm(total, name, epsilon), total
 
-    def silu_gate(self, gate_up: ir.Value) -> ir.Value:
-        gate, up = self.builder.ops("Split", gate_up, outputs=2, axis=-1, num_outputs=2)
+    def silu_gate(self, x: ir.Value, name: str) -> ir.Value:
+        gate, up = self.builder.ops("Split", self.linear(x, name), outputs=2, axis=-1, num_outputs=2)
         # QuickGelu with alpha 1 is x * sigmoid(x).
         return self.builder.op("Mul", self.builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
 
@@ -128,13 +129,3 @@ class CpuDecoderDialect:
         """Declare the cache's outputs, after the logits."""
         for name, value in self._presents:
             self.builder.output(value, name, np.float32)
-
-
-def rotary_tables(builder: GraphBuilder, rope: RopeSpec, positions: int) -> tuple[ir.Value, ir.Value]:
-    """Cosine and sine [positions, head_dim / 2]. Angles are rounded to fp32 first, as the reference does."""
-    angles = np.arange(positions, dtype=np.float32)[:, None] * np.asarray(rope.inv_freq, np.float32)
-    cosine, sine = (function(angles.astype(np.float64)) * rope.attention_scale for function in (np.cos, np.sin))
-    return (
-        builder.table("rotary.cosine", cosine.astype(np.float32)),
-        builder.table("rotary.sine", sine.astype(np.float32)),
-    )

@@ -1,0 +1,40 @@
+"""What the engine tells of its own work: plain records for `status`, `./tessera doctor` and the benches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of one model. Times in seconds; `started_s` and `finished_s` are time.perf_counter() values.
+
+    A step ends when its tokens are with their streams, so the distance between two `finished_s` is what a step takes,
+    however much of the next one is prepared meanwhile.
+    """
+
+    model: str
+    started_s: float  # scheduling began
+    finished_s: float
+    host_s: float  # the loop's thread worked: its turn without waiting for results (CPU: without the sessions' runs)
+    decode_rows: int  # sequences that decoded
+    context_tokens: int  # that these attended to, all together, the new tokens included
+    prefill_tokens: int
+    images: int  # that went to the encoder
+    tokens_out: int  # sampled
+    device_s: float | None = None  # by the device's events; None where it has none
+
+
+OnStep = Callable[[StepRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Bytes that a loaded model occupies on its device, and what it takes of the host's memory."""
+
+    weights: int
+    kv: int  # reserved for keys and values
+    kv_per_token: int
+    workspace: int  # activations, bindings, captured graphs: what the device lost to loading beyond the other two
+    host: int

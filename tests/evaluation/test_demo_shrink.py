@@ -31,7 +31,7 @@ def test_a_shrunk_state_is_the_whole_state_of_the_smaller_model(larger: dict[str
 def test_layers_are_taken_at_even_distances_with_the_first_and_the_last(larger: dict[str, Tensor]) -> None:
     state = shrunk(larger, demo_model.new_model())
     name = "model.vision_model.encoder.layers.{}.mlp.fc1.weight"
-    for layer, source in enumerate((0, 1, 3, 4, 6, 7)):
+    for layer, source in enumerate((0, 4, 7)):
         assert torch.equal(state[name.format(layer)], larger[name.format(source)]), layer
 
 

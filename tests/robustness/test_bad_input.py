@@ -210,7 +210,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a list as config": (_with("config.json", b"[]"), ("config.json must hold a JSON object",)),
     "a foreign family": (_with("config.json", b'{"model_type": "bert"}'), ("bert",)),
     "another shape": (_configured("intermediate_size", 7), ("config.json asks for", "do not belong together")),
-    "too many layers": (_configured("num_hidden_layers", 10**9), ("asks for 1000000006 layers", "belong together")),
+    "too many layers": (_configured("num_hidden_layers", 10**9), ("asks for 1000000003 layers", "belong together")),
     "no weights": (_without("model.safetensors"), ("model.safetensors is missing", "download the checkpoint again")),
     "half the weights": (_cut("model.safetensors"), ("model.safetensors is truncated", "download it again")),
     "no tokenizer": (_without("tokenizer.json"), ("tokenizer.json",)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["int8", "fp16", "bf16", "fp32"]
+FloatType = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,10 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One checkpoint. `family` names the file in engine/families that knows its layout."""
+    """One checkpoint. `family` names the file in engine/families that knows its layout, `dtype` the type it stores."""
 
     family: str
     decoder: DecoderSpec
     tokens: TokenIds
     vision: SiglipSpec | QwenVisionSpec | None = None
+    dtype: FloatType = "float32"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - importing it makes "bfloat16" a name that numpy knows
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from engine.errors import ArtifactError
 from engine.spec import ModelSpec, Precision
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "artifact.json"
 WEIGHTS = "weights.bin"
 _HASH_BLOCK_BYTES = 8 * 2**20
@@ -28,7 +29,7 @@ class TensorEntry:
     """One tensor in weights.bin. `xxh3` is the 64-bit checksum of its bytes, hex."""
 
     name: str
-    dtype: str  # numpy's name: float32 or int8
+    dtype: str  # numpy's name: float32, float16, bfloat16 or int8
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -38,7 +39,8 @@ class TensorEntry:
 class Artifact:
     """Converted weights of one checkpoint in one precision, memory-mapped and verified.
 
-    An int8 tensor NAME.weight [out, in] has a NAME.scale float32 [out] beside it.
+    An int8 tensor NAME.weight [out, in] has a NAME.scale float32 [out] beside it; norms, biases and positions are then
+    float32. In the other precisions every tensor has the one type, so that a device takes the bytes as they are.
     """
 
     def __init__(

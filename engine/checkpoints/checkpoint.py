@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import ml_dtypes  # noqa: F401 - importing it gives numpy the bfloat16 that safetensors asks for
 import numpy as np
@@ -17,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import CheckpointError
 from engine.families import CheckpointConfig, Family, Weight, family_for
 from engine.families.family import Source
-from engine.spec import ModelSpec
+from engine.spec import FloatType, ModelSpec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES: dict[str, FloatType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Files up to this size name themselves by content, so that a copy is the same checkpoint; larger ones by name, size,
 # modification time and header, because reading gigabytes to learn a name is too slow.
 _HASH_WHOLE_BYTES = 64 * 2**20
@@ -62,11 +65,13 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: {error}") from error
         shapes: dict[str, tuple[int, ...]] = {}
         tensors: dict[str, Stored] = {}
+        sizes: Counter[FloatType] = Counter()  # elements
         files = _weight_files(folder)
         for file in files:
-            for name, shape in _header(file).items():
+            for name, (shape, dtype) in _header(file).items():
                 source = family.source_name(name)
                 tensors[source], shapes[source] = Stored(file, name), shape
+                sizes[dtype] += math.prod(shape)
         layers = spec.decoder.layers + (spec.vision.layers if spec.vision else 0)
         if layers > len(shapes):  # said here, because listing the weights of a billion layers takes all memory
             raise CheckpointError(
@@ -75,6 +80,7 @@ class Checkpoint:
             )
         for weight in family.weights(spec):
             _check_shapes(weight, shapes, folder)
+        spec = dataclasses.replace(spec, dtype=_dtype(config.model, sizes))
         return cls(folder, family, spec, _digest(config, files), tensors)
 
     def weights(self) -> tuple[Weight, ...]:
@@ -146,8 +152,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor; safe_open also checks that the file is as long as its header says."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], FloatType]]:
+    """Name, shape and type of each tensor; safe_open also checks that the file is as long as its header says."""
     try:
         with safe_open(file, framework="np") as tensors:
             views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
@@ -158,7 +164,21 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
     for name, dtype in dtypes.items():
         if dtype not in _DTYPES:
             raise CheckpointError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
-    return shapes
+    return {name: (shape, _DTYPES[dtypes[name]]) for name, shape in shapes.items()}
+
+
+def _dtype(config: Mapping[str, Any], sizes: Counter[FloatType]) -> FloatType:
+    """The type the author names; where config.json is silent, the one that most of the stored numbers have.
+
+    transformers 5 writes `dtype`, before it was `torch_dtype`; some checkpoints have it in text_config only.
+    """
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, Mapping) else {}):
+        for name in ("dtype", "torch_dtype"):
+            named = str(section.get(name)).removeprefix("torch.")
+            if named in get_args(FloatType):
+                return cast(FloatType, named)
+    return max(sizes, key=lambda dtype: sizes[dtype], default="float32")
 
 
 def _check_shapes(weight: Weight, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -19,9 +19,12 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.quantise import quantise_rows
 from engine.errors import ArtifactError, CheckpointError
 from engine.families import Weight
-from engine.spec import Precision
+from engine.spec import FloatType, Precision
 from engine.storage import storage_error
 
+# The type of everything that is not quantised.
+_DTYPES: dict[Precision, FloatType] = {"int8": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_WIDER: dict[FloatType, str] = {"float16": "bf16 or int8", "bfloat16": "int8 or fp32"}
 ALIGNMENT = 64  # bytes: a cache line, and more than any kernel asks for
 _PARTIAL, _LOCK = ".partial", ".lock"
 
@@ -31,7 +34,7 @@ def open_artifact(checkpoint: Checkpoint, precision: Precision, storage: Path) -
 
     A damaged artifact is removed and converted again. A second process waits for the first one's conversion instead
     of repeating it. Raises StorageError when the folder cannot be written, CheckpointError when a file of the
-    checkpoint cannot be read.
+    checkpoint cannot be read, or one of its values is not finite or beyond the range of the precision's type.
     """
     folder = storage / "artifacts" / f"{checkpoint.digest[:24]}-{precision}-v{FORMAT_VERSION}"
     digest = xxhash.xxh3_128_hexdigest(f"{checkpoint.digest} {precision} {FORMAT_VERSION}".encode())
@@ -105,10 +108,7 @@ def _write_weights(checkpoint: Checkpoint, precision: Precision, file: Path) -> 
             if precision == "int8" and weight.kind != "plain":
                 entries += _write_int8(stream, checkpoint, weight)
             else:
-                writer = _TensorWriter(stream, weight.name, "float32", weight.shape)
-                for block in _finite_blocks(checkpoint, weight):
-                    writer.write(block)
-                entries.append(writer.entry())
+                entries.append(_write_float(stream, checkpoint, weight, _DTYPES[precision]))
         stream.truncate()
         stream.flush()
         os.fsync(stream.fileno())
@@ -127,11 +127,26 @@ def _size(weight: Weight, precision: Precision) -> int:
     count = int(np.prod(weight.shape))
     if precision == "int8" and weight.kind != "plain":
         return _aligned(count) + _aligned(4 * weight.shape[0])
-    return _aligned(4 * count)
+    return _aligned(np.dtype(_DTYPES[precision]).itemsize * count)
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _write_float(stream: BinaryIO, checkpoint: Checkpoint, weight: Weight, dtype: FloatType) -> TensorEntry:
+    writer = _TensorWriter(stream, weight.name, dtype, weight.shape)
+    for block in _finite_blocks(checkpoint, weight):
+        with np.errstate(over="ignore"):  # looked for below
+            narrowed = block.astype(dtype, copy=False)
+        if not np.isfinite(narrowed).all():
+            names = ", ".join(source.name for source in weight.sources)
+            raise CheckpointError(
+                f"{checkpoint.folder}: {names} holds {np.abs(block).max():g}, which {dtype} cannot;"
+                f" choose precision {_WIDER[dtype]}"
+            )
+        writer.write(narrowed)
+    return writer.entry()
 
 
 def _write_int8(stream: BinaryIO, checkpoint: Checkpoint, weight: Weight) -> list[TensorEntry]:
@@ -159,7 +174,7 @@ class _TensorWriter:
         stream.seek(self._offset)
 
     def write(self, block: NDArray[Any]) -> None:
-        data = np.ascontiguousarray(block)
+        data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)  # numpy shares no bfloat16 with other writers
         self._checksum.update(data)
         self._stream.write(data.data)
 

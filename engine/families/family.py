@@ -26,7 +26,7 @@ class Weight:
 
     `sources` are concatenated along dimension 0 (fused qkv, gate_up). A `linear` ([out, in]) or an `embedding`
     ([vocab, hidden]) is two-dimensional, later dimensions flattened, and becomes int8 with one scale per row when that
-    precision is asked for; `plain` stays fp32.
+    precision is asked for, beside which `plain` stays fp32. In the other precisions all three have that one type.
     """
 
     name: str

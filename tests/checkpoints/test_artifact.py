@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -16,12 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.checkpoints import convert as module
+from engine.checkpoints.artifact import FORMAT_VERSION
 from engine.checkpoints.quantise import quantise_rows
 from engine.errors import ArtifactError, CheckpointError, StorageError
 from engine.spec import Precision
+from tests.runtime import models
+
+TYPES = {"int8": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # Slow enough that a kill or a second process meets it half-way.
 CONVERT = """
@@ -53,7 +60,7 @@ def contents(storage: Path) -> list[str]:
     return sorted(path.name for path in (storage / "artifacts").iterdir() if path.suffix != ".lock")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_an_artifact_holds_every_weight_of_the_checkpoint(saved: Path, tmp_path: Path, precision: Precision) -> None:
     checkpoint = Checkpoint.open(saved)
     artifact = open_artifact(checkpoint, precision, tmp_path)
@@ -64,7 +71,9 @@ def test_an_artifact_holds_every_weight_of_the_checkpoint(saved: Path, tmp_path:
             assert np.array_equal(artifact.tensor(weight.name), values)
             assert np.array_equal(artifact.tensor(weight.name.removesuffix(".weight") + ".scale"), scale)
         else:
-            assert np.array_equal(artifact.tensor(weight.name), source)
+            expected = source.astype(TYPES[precision])
+            assert artifact.tensor(weight.name).dtype == expected.dtype
+            assert np.array_equal(artifact.tensor(weight.name), expected)
     assert artifact.spec == checkpoint.spec
     assert artifact.weight_bytes <= artifact.weights_path.stat().st_size
     assert all(entry.offset % module.ALIGNMENT == 0 for entry in artifact.entries.values())
@@ -75,6 +84,40 @@ def test_int8_is_less_than_a_third_of_fp32(saved: Path, tmp_path: Path) -> None:
     full, small = (open_artifact(checkpoint, precision, tmp_path) for precision in ("fp32", "int8"))
     assert small.weight_bytes < full.weight_bytes / 2.7
     assert small.digest != full.digest
+
+
+def test_sixteen_bits_are_half_of_fp32(saved: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(saved)
+    full, half, brain = (open_artifact(checkpoint, precision, tmp_path) for precision in ("fp32", "fp16", "bf16"))
+    assert full.weight_bytes == 2 * half.weight_bytes == 2 * brain.weight_bytes
+    assert len({full.digest, half.digest, brain.digest}) == 3
+
+
+def test_sixteen_bits_come_back_as_the_checkpoint_stores_them(saved: Path, tmp_path: Path) -> None:
+    model = models.randomise(models.smolvlm())
+    narrow = models.save(model.to(torch.bfloat16), tmp_path / "narrow")  # type: ignore[arg-type]
+    stored = load_file(narrow / "model.safetensors")
+    artifact = open_artifact(Checkpoint.open(narrow), "bf16", tmp_path)
+    name = "model.text_model.layers.1.mlp.down_proj.weight"
+    assert artifact.tensor("layers.1.down.weight").tobytes() == stored[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("precision", "value", "advice"),
+    [("fp16", 65_520.0, "choose precision bf16 or int8"), ("bf16", 3.4e38, "choose precision int8 or fp32")],
+)
+def test_a_value_beyond_a_types_range_is_named_with_a_type_that_holds_it(
+    folder: Path, tmp_path: Path, precision: Precision, value: float, advice: str
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.text_model.norm.weight"][3] = -value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"text.norm.weight holds {re.escape(f'{value:g}')}, .*{advice}"):
+        open_artifact(Checkpoint.open(folder), precision, tmp_path)
+    assert contents(tmp_path) == []
+    tensors["model.text_model.norm.weight"][3] = 65_519.0
+    save_file(tensors, folder / "model.safetensors")
+    assert open_artifact(Checkpoint.open(folder), precision, tmp_path).tensor("norm.weight")[3] >= 65_504
 
 
 def test_tensors_cannot_be_written_to(saved: Path, tmp_path: Path) -> None:
@@ -110,7 +153,7 @@ def test_a_damaged_artifact_is_converted_again(saved: Path, tmp_path: Path, dama
     elif damage == "no manifest":
         manifest.unlink()
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+        manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT_VERSION}', '"format": 0'))
     with pytest.raises(ArtifactError):
         Artifact.load(artifact.folder, artifact.digest, artifact.spec, "int8")
     again = open_artifact(checkpoint, "int8", tmp_path)

@@ -57,6 +57,59 @@ def test_half_precision_is_widened(saved: Path, tmp_path: Path, dtype: torch.dty
         assert np.array_equal(weight, torch.tensor(whole[name]).to(dtype).float().numpy()), name
 
 
+def drop_dtype(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for section in (config, config["text_config"]):
+        section.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_stored_type_is_known_from_the_configuration_or_else_from_the_weights(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = models.randomise(models.smolvlm())
+    folder = models.save(model.to(dtype), tmp_path / "model")  # type: ignore[arg-type]
+    named = str(dtype).removeprefix("torch.")
+    assert Checkpoint.open(folder).spec.dtype == named
+    drop_dtype(folder)
+    assert Checkpoint.open(folder).spec.dtype == named
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "torch.float16"}, "float16"),
+        ({"dtype": "auto"}, "float32"),
+        ({"dtype": None, "torch_dtype": 16}, "float32"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_every_spelling_of_the_type_is_read(folder: Path, fields: dict[str, Any], dtype: str) -> None:
+    drop_dtype(folder)
+    change_config(folder, **fields)
+    assert Checkpoint.open(folder).spec.dtype == dtype
+
+
+def test_the_type_may_be_named_for_the_text_model_only(folder: Path) -> None:
+    drop_dtype(folder)
+    config = json.loads((folder / "config.json").read_text())
+    change_config(folder, text_config=config["text_config"] | {"torch_dtype": "bfloat16"})
+    assert Checkpoint.open(folder).spec.dtype == "bfloat16"
+
+
+def test_where_nothing_is_said_most_of_the_numbers_decide(folder: Path) -> None:
+    drop_dtype(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: array.astype(np.float16) if array.ndim > 1 else array for name, array in tensors.items()},
+        folder / "model.safetensors",
+    )
+    assert Checkpoint.open(folder).spec.dtype == "float16"
+
+
 def test_blocks_are_bounded_and_make_the_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = weights_of(saved)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)

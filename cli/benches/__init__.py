@@ -1,0 +1,1 @@
+"""What `./tessera bench` measures, one file per measurement, and what they share."""

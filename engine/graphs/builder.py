@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,21 +52,14 @@ class GraphBuilder:
         """A larger constant that is not part of the artifact."""
         return self._initializer(name, ir.tensor(array))
 
-    def weight(self, name: str, dtype: str | None = None) -> ir.Value:
-        """A tensor of the artifact.
-
-        `dtype`, numpy's name of a type no wider than the stored one, declares it as that type, for a session that is
-        given a converted copy as initializer: the place in the file is then a real one, but its bytes mean nothing.
-        """
+    def weight(self, name: str) -> ir.Value:
+        """A tensor of the artifact."""
         entry = self._artifact.entries[name]
-        declared = ir.DataType.from_numpy(np.dtype(dtype or entry.dtype))
-        length = math.prod(entry.shape) * np.dtype(dtype or entry.dtype).itemsize
-        assert length <= entry.nbytes, f"{name} is declared past its end"
         tensor = ir.ExternalTensor(
             location=self._artifact.weights_path.name,
             offset=entry.offset,
-            length=length,
-            dtype=declared,
+            length=entry.nbytes,
+            dtype=ir.DataType.from_numpy(np.dtype(entry.dtype)),
             shape=ir.Shape(entry.shape),
             name=name,
             base_dir=str(self._artifact.folder),

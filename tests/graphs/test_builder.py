@@ -37,20 +37,3 @@ def widened(artifact: Artifact) -> np.ndarray:
 def test_a_session_reads_what_the_artifact_holds(checkpoint: Checkpoint, tmp_path: Path, precision: Precision) -> None:
     artifact = open_artifact(checkpoint, precision, tmp_path)
     assert np.array_equal(widened(artifact), artifact.tensor(NAME).astype(np.float32))
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "bfloat16"), ("int8", "float16")])
-def test_a_tensor_may_be_declared_in_a_narrower_type(
-    checkpoint: Checkpoint, tmp_path: Path, precision: Precision, dtype: str
-) -> None:
-    artifact = open_artifact(checkpoint, precision, tmp_path)
-    value = GraphBuilder(artifact).weight("norm.weight", dtype)
-    tensor, entry = value.const_value, artifact.entries["norm.weight"]
-    assert isinstance(tensor, ir.ExternalTensor)
-    assert tensor.dtype == ir.DataType.from_numpy(np.dtype(dtype))
-    assert (tensor.offset, tensor.length) == (entry.offset, entry.nbytes // 2)
-
-
-def test_a_tensor_is_not_declared_past_its_end(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="past its end"):
-        GraphBuilder(open_artifact(checkpoint, "int8", tmp_path)).weight(NAME, "float16")

@@ -171,7 +171,9 @@ _sharing = threading.Lock()
 def shared_client(config: EngineConfig) -> EngineClient:
     """This process's client for a configuration. The engines of other configurations that are idle are closed."""
     with _sharing:
-        client = _shared.setdefault(config, EngineClient(config))
+        client = _shared.get(config)
+        if client is None:
+            client = _shared[config] = EngineClient(config)
         client.touch()
         for other in _shared.values():
             if other is not client and other.pid is not None and other.idle_s > IDLE_S:

@@ -53,36 +53,44 @@ def _paged_attention(
     """Tokens behind the last sequence's end come out as NaN; memory never written is never read."""
     assert kv_cache_layout == "SEPARATE"
     assert {x.dtype for x in (cumulative, past, block_table)} == {torch.int32}
-    block_size, head_dim = key_cache.shape[1], key_cache.shape[3]
-    assert block_size in _BLOCK_SIZES, f"blocks of {block_size} tokens"
-    q, k, v = _split_heads(query, key, value, num_heads, kv_num_heads, head_dim)
+    assert key_cache.shape[1] in _BLOCK_SIZES, f"blocks of {key_cache.shape[1]} tokens"
     ends, held, table = cumulative.tolist(), past.tolist(), block_table.long()
     _check(ends, held, table, key_cache, metadata, len(query))
+    parts = _split_heads(query, key, value, num_heads, kv_num_heads, key_cache.shape[3])
+    q, k, v = (part[: ends[-1]] for part in parts)
     if q_norm is not None and k_norm is not None:
         q, k = _norm(q, q_norm, qk_norm_epsilon), _norm(k, k_norm, qk_norm_epsilon)
-    output = torch.full((len(query), num_heads * head_dim), torch.nan)
-    options = {"scale": scale, "causal": bool(is_causal), "window": local_window_size, "softcap": softcap}
-    for row, (start, end) in enumerate(itertools.pairwise(ends)):
-        if start == end:
-            continue
-        total = held[row] + end - start
-        places = torch.arange(held[row], total)
-        own_q, own_k = q[start:end], k[start:end]
-        if do_rotary:
-            assert cosine is not None
-            assert sine is not None
-            assert total <= len(cosine), "a position beyond the rotary table"
-            angles = cosine[places][:, None], sine[places][:, None]
-            own_q, own_k = (rotate(x, *angles, interleaved=bool(rotary_interleaved)) for x in (own_q, own_k))
-        slots = table[row, places // block_size] * block_size + places % block_size
-        if slot_mapping is not None:
-            slots = slot_mapping[start:end].long()
-        _write(key_cache, slots, own_k, k_scale if k_quant_type != "NONE" else None)
-        _write(value_cache, slots, v[start:end], v_scale if v_quant_type != "NONE" else None)
-        blocks = table[row, : -(-total // block_size)]
-        keys = _read(key_cache, blocks, total, k_scale if k_quant_type != "NONE" else None)
-        values = _read(value_cache, blocks, total, v_scale if v_quant_type != "NONE" else None)
-        output[start:end] = attend(wide(own_q), keys, values, sink=head_sink, **options)  # type: ignore[arg-type]
+    lengths = cumulative.long().diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    places = torch.arange(ends[-1]) + (past - cumulative[:-1])[row]
+    if do_rotary:
+        assert cosine is not None
+        assert sine is not None
+        assert int(places.max()) < len(cosine), "a position beyond the rotary table"
+        angles = cosine[places][:, None], sine[places][:, None]
+        q, k = (rotate(x, *angles, interleaved=bool(rotary_interleaved)) for x in (q, k))
+    block_size = key_cache.shape[1]
+    slots = table[row, places // block_size] * block_size + places % block_size
+    if slot_mapping is not None:
+        slots = slot_mapping[: ends[-1]].long()
+    scales = (k_scale if k_quant_type != "NONE" else None, v_scale if v_quant_type != "NONE" else None)
+    _write(key_cache, slots, k, scales[0])
+    _write(value_cache, slots, v, scales[1])
+    output = torch.full((len(query), num_heads * v.shape[2]), torch.nan)
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
+        total = held[number] + end - start
+        blocks = table[number, : -(-total // block_size)]
+        if start < end:
+            output[start:end] = attend(
+                wide(q[start:end]),
+                _read(key_cache, blocks, total, scales[0]),
+                _read(value_cache, blocks, total, scales[1]),
+                scale=scale,
+                causal=bool(is_causal),
+                window=local_window_size,
+                softcap=softcap,
+                sink=head_sink,
+            )
     return output.to(query.dtype), key_cache, value_cache
 
 

@@ -73,6 +73,7 @@ class ReferenceSession:
         weights: Mapping[str, torch.Tensor | NDArray[Any]],
         operators: Mapping[tuple[str, str], Operator] | None = None,
     ) -> None:
+        torch.set_num_threads(1)  # tensors are tiny: threads would wait for each other longer than they compute
         self.runs: list[int | None] = []
         graph = onnx.load_model_from_string(model).graph
         self._weights = {tensor.name: initializer(tensor, weights) for tensor in graph.initializer}

@@ -8,9 +8,10 @@ import onnx_ir as ir
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.linear import cuda_linears
-from engine.graphs.cuda.weights import Activations, CudaBuilder, CudaGraph
+from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
 from engine.graphs.decoder import decoder_graph
 from engine.graphs.rotary import rotary_tables
+from engine.spec import FloatType
 
 
 class StepInputs:
@@ -39,7 +40,7 @@ class StepInputs:
         return f"cache_out.{part}.{layer}"
 
 
-def cuda_decoder(artifact: Artifact, activations: Activations, positions: int) -> CudaGraph:
+def cuda_decoder(artifact: Artifact, activations: FloatType, positions: int) -> CudaGraph:
     """A model for positions below `positions`."""
     spec = artifact.spec.decoder
     builder = CudaBuilder(artifact, activations)

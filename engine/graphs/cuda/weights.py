@@ -12,8 +12,7 @@ import onnx_ir as ir
 
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import GraphBuilder
-
-Activations = Literal["float16", "bfloat16", "float32"]
+from engine.spec import FloatType
 
 BLOCK = 32  # weights per scale of MatMulNBits; its fast kernels know no other block
 
@@ -42,7 +41,7 @@ class CudaGraph:
     weights: tuple[DeviceWeight, ...]
 
 
-def numpy_type(activations: Activations) -> np.dtype[Any]:
+def numpy_type(activations: FloatType) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if activations == "bfloat16" else activations)
 
 
@@ -53,7 +52,7 @@ class CudaBuilder(GraphBuilder):
     place exists. So each is declared at the start of the artifact's file, from where nothing is read.
     """
 
-    def __init__(self, artifact: Artifact, activations: Activations) -> None:
+    def __init__(self, artifact: Artifact, activations: FloatType) -> None:
         """`activations` is also the type of weights that are not int8."""
         super().__init__(artifact)
         self.dtype = numpy_type(activations)

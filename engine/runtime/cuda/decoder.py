@@ -1,0 +1,179 @@
+"""Runs the decoder on a device: packed steps over paged KV memory, decode steps from captured graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.graphs.cuda import StepInputs
+from engine.runtime.cuda.buckets import Bucket, Buckets
+from engine.runtime.cuda.session import Binding, GraphSession
+from engine.runtime.cuda.step import Int32, Layout, PackedStep, StepBuffer
+from engine.spec import DecoderSpec
+
+_SLOTS = "slots"
+_PARTS = ("key", "value")
+
+
+class PagedDecoder:
+    """One session, its KV blocks, and a captured graph for every bucket. One thread.
+
+    Block 0 of the caches belongs to no sequence: rows that fill up a bucket write there.
+    """
+
+    def __init__(
+        self,
+        session: GraphSession,
+        spec: DecoderSpec,
+        slot_tokens: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        blocks: int,
+        block_size: int,
+        slots: int,
+        context_length: int,
+        step_tokens: int,
+    ) -> None:
+        """`blocks` counts block 0; `step_tokens` is the most new tokens of one call.
+
+        `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
+        """
+        device = slot_tokens.device
+        self._session = session
+        self._spec = spec
+        self._block_size = block_size
+        self.buckets = Buckets(slots, context_length)
+        shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
+        self._caches = {
+            StepInputs.cache(part, layer): torch.zeros(shape, dtype=dtype, device=device)
+            for layer in range(spec.layers)
+            for part in _PARTS
+        }
+        self._logits = torch.zeros((slots, spec.vocab), dtype=dtype, device=device)
+        self._no_features = torch.zeros((1, spec.hidden), dtype=dtype, device=device)
+        self._slot_tokens = slot_tokens
+        table = slots * -(-context_length // block_size)
+        self._buffer = StepBuffer(8 * step_tokens + 8 * slots + table + 64, device)
+        self._captured: dict[Bucket, tuple[Layout, Binding]] = {}
+        self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def run(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enqueue a step; logits [R, vocab] and the slots [R] int32 they are for, until the next step."""
+        if step.is_decode:
+            return self._decode(step)
+        return self._packed(step)
+
+    def capture(self) -> None:
+        """Record every bucket's graph, with rows that write to block 0."""
+        for bucket in self.buckets:
+            self._replay(bucket, _stand_in(bucket, self._spec.rope.axes))
+
+    def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = self._replay(self.buckets.find(len(step.ids), step.longest), step)
+        count = len(step.slots)
+        return self._logits[:count], self._buffer.view(layout, _SLOTS)[:count]
+
+    def _replay(self, bucket: Bucket, step: PackedStep) -> Layout:
+        layout, binding = self._captured_bucket(bucket)
+        self._buffer.upload(layout, self._decode_parts(step, bucket))
+        self._session.run(binding, self._graphs[bucket])
+        return layout
+
+    def _decode_parts(self, step: PackedStep, bucket: Bucket) -> dict[str, Int32]:
+        """Rows behind the last sequence compute token 0 at place 0 of block 0."""
+        count, columns = len(step.ids), self._columns(bucket)
+        padding = bucket.batch - count
+        tables = np.zeros((bucket.batch, columns), np.int32)
+        width = min(columns, step.tables.shape[1])
+        tables[:count, :width] = step.tables[:, :width]
+        parts = {
+            StepInputs.IDS: np.pad(step.ids, (0, padding)),
+            StepInputs.PAST: np.pad(step.past, (0, padding)),
+            StepInputs.BLOCK_TABLE: tables,
+            _SLOTS: step.slots,
+        }
+        if self._spec.rope.axes == 3:
+            parts[StepInputs.POSITIONS] = np.pad(step.positions, ((0, 0), (0, padding)))
+        return parts
+
+    def _captured_bucket(self, bucket: Bucket) -> tuple[Layout, Binding]:
+        if bucket not in self._captured:
+            self._captured[bucket] = self._bind_bucket(bucket)
+        return self._captured[bucket]
+
+    def _bind_bucket(self, bucket: Bucket) -> tuple[Layout, Binding]:
+        """A layout whose addresses stay, and what never changes beside it: one token for each of `batch` sequences."""
+        batch, device = bucket.batch, self._slot_tokens.device
+        layout = Layout(self._shapes(batch, batch, self._columns(bucket), batch))
+        order = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        inputs = {name: self._buffer.view(layout, name) for name in layout.shapes if name != _SLOTS} | {
+            StepInputs.STARTS: order,
+            StepInputs.LOGITS_ROWS: order[:batch],
+            StepInputs.FEATURE_INDEX: torch.full((batch,), -1, dtype=torch.int32, device=device),
+            StepInputs.BOUNDS: torch.tensor([1, bucket.context, bucket.shorter + 1], dtype=torch.int32),
+        }
+        return layout, self._bind(inputs, self._no_features, batch)
+
+    def _packed(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = -(-step.longest // self._block_size)
+        rows = (
+            step.logits_rows if len(step.logits_rows) else np.zeros(1, np.int32)
+        )  # the head runs over one row at least
+        shapes = self._shapes(len(step.ids), len(step.counts), columns, len(step.slots)) | {
+            StepInputs.STARTS: (len(step.counts) + 1,),
+            StepInputs.FEATURE_INDEX: (len(step.ids),),
+            StepInputs.LOGITS_ROWS: (len(rows),),
+        }
+        layout = Layout(shapes)
+        parts = {
+            StepInputs.IDS: step.ids,
+            StepInputs.PAST: step.past,
+            StepInputs.BLOCK_TABLE: step.tables[:, :columns],
+            StepInputs.STARTS: np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32),
+            StepInputs.LOGITS_ROWS: rows,
+            StepInputs.FEATURE_INDEX: np.full(len(step.ids), -1, np.int32)
+            if step.feature_index is None
+            else step.feature_index,
+            _SLOTS: step.slots,
+        }
+        if self._spec.rope.axes == 3:
+            parts[StepInputs.POSITIONS] = step.positions
+        self._buffer.upload(layout, parts)
+        inputs = {name: self._buffer.view(layout, name) for name in layout.shapes if name != _SLOTS}
+        longest = step.longest
+        inputs[StepInputs.BOUNDS] = torch.tensor([int(step.counts.max()), longest, longest], dtype=torch.int32)
+        features = self._no_features if step.features is None else step.features
+        self._session.run(self._bind(inputs, features, len(rows)))
+        return self._logits[: len(step.slots)], self._buffer.view(layout, _SLOTS)
+
+    def _shapes(self, tokens: int, sequences: int, columns: int, sampled: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            StepInputs.IDS: (tokens,),
+            StepInputs.PAST: (sequences,),
+            StepInputs.BLOCK_TABLE: (sequences, columns),
+            _SLOTS: (sampled,),
+        }
+        return shapes | ({StepInputs.POSITIONS: (3, tokens)} if self._spec.rope.axes == 3 else {})
+
+    def _bind(self, inputs: dict[str, torch.Tensor], features: torch.Tensor, rows: int) -> Binding:
+        shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features}
+        written = {
+            StepInputs.cache_out(part, layer): self._caches[StepInputs.cache(part, layer)]
+            for layer in range(self._spec.layers)
+            for part in _PARTS
+        }
+        return self._session.bind(inputs | shared | self._caches, {StepInputs.LOGITS: self._logits[:rows]} | written)
+
+    def _columns(self, bucket: Bucket) -> int:
+        return -(-bucket.context // self._block_size)
+
+
+def _stand_in(bucket: Bucket, axes: int) -> PackedStep:
+    """One sequence that belongs to the bucket, in block 0 from beginning to end."""
+    zero, table = np.zeros(1, np.int32), np.zeros((1, 1), np.int32)
+    past = np.full(1, bucket.shorter, np.int32)
+    return PackedStep(zero, np.zeros((axes, 1), np.int32), zero + 1, past, table, zero, zero)

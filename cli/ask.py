@@ -8,12 +8,11 @@ import mimetypes
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout, Session
-from engine.config import EngineConfig
+from cli.settings import add_settings, settings_from
 from engine.errors import InvalidConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,33 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", help="end the answer before this text; may be repeated")
     add_settings(parser)
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The engine's settings, as every command takes them that starts a plugin."""
-    parser.add_argument("--precision", choices=("auto", "int8", "fp32"))
-    parser.add_argument("--storage", type=Path, help="folder for weights and caches")
-    parser.add_argument("--no-cache", action="store_true", help="compute everything anew")
-    names = ", ".join(field.name for field in fields(EngineConfig))
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"any setting: {names}")
-
-
-def settings_from(args: argparse.Namespace) -> dict[str, str]:
-    """The form's values as the command line gave them. Raises InvalidConfig."""
-    settings: dict[str, str] = {}
-    for item in args.set:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InvalidConfig(f"--set {item}: write NAME=VALUE")
-        settings[name] = value
-    if args.precision:
-        settings["precision"] = args.precision
-    if args.storage:
-        settings["storage"] = str(args.storage.expanduser().absolute())
-    if args.no_cache:
-        settings["cache_enabled"] = "false"
-    EngineConfig.from_mapping(settings)
-    return settings
 
 
 def run(args: argparse.Namespace) -> int:

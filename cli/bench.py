@@ -20,7 +20,9 @@ from cli import latency
 from cli.daemon import Daemon
 from cli.machine import card, peak_memory
 from cli.measured import Measured, ask, summary
+from cli.settings import add_device_settings, add_engine_settings, settings_from
 from cli.traffic import Size, TrafficRequest, traffic
+from engine.errors import InvalidConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Settings = dict[str, str]
@@ -35,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="serve|ladder|latency")
     serve = kinds.add_parser("serve", help="one configuration at several concurrencies")
     serve.add_argument("--concurrency", default="1,8,32", help="comma-separated (default: 1,8,32)")
-    serve.add_argument("--precision", choices=["fp32", "int8"], default="int8")
     serve.add_argument("--cache", action="store_true", help="leave the answer cache on (default: off)")
     serve.add_argument("--repeats", type=float, default=0.0, help="share of requests that repeat an earlier one")
     ladder = kinds.add_parser("ladder", help="three configurations on the same traffic, 20 %% of it repeats")
     ladder.add_argument("--concurrency", type=int, default=32)
     saved = kinds.add_parser("latency", help="answers and images that were seen before a restart, one at a time")
+    add_engine_settings(serve)
+    add_device_settings(ladder)
+    add_device_settings(saved)
     for kind in (serve, ladder, saved):
         kind.add_argument("--model", default="demo")
         kind.add_argument("--requests", type=int, help="requests per row (default: enough for a few seconds)")
@@ -53,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Return 0 when every request of every row was answered."""
-    rows = list(_rows(arguments))
+    try:
+        rows = list(_rows(arguments))
+    except InvalidConfig as error:
+        print(f"tessera bench: {error}", file=sys.stderr)
+        return 1
     result = {"bench": arguments.kind, "model": arguments.model, "card": card(), "rows": rows}
     if arguments.kind != "latency" and all(row["requests"] for row in rows):
         result["ratios"] = _ratios(rows)
@@ -75,7 +83,7 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _serve(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    settings = {"precision": arguments.precision, "cache_enabled": str(arguments.cache).lower()}
+    settings = {"precision": "auto", **settings_from(arguments), "cache_enabled": str(arguments.cache).lower()}
     requests = _traffic(arguments, arguments.requests or 480, arguments.repeats, arguments.seed)
     for concurrency in (int(word) for word in arguments.concurrency.split(",")):
         yield {"row": f"{concurrency} concurrent", **measure(arguments, settings, requests, concurrency)}
@@ -83,8 +91,9 @@ def _serve(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _ladder(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     requests = _traffic(arguments, arguments.requests or 400, 0.2, arguments.seed)
+    chosen = settings_from(arguments)
     for name, settings in LADDER.items():
-        yield {"row": name, **measure(arguments, settings, requests, arguments.concurrency)}
+        yield {"row": name, **measure(arguments, chosen | settings, requests, arguments.concurrency)}
 
 
 def _traffic(arguments: argparse.Namespace, count: int, repeats: float, seed: int) -> list[TrafficRequest]:

@@ -6,16 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from engine.checkpoints import Checkpoint, open_artifact
 from engine.config import EngineConfig
 from engine.errors import EngineError
+from engine.spec import Precision
 from engine.storage import open_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face layout folder (config.json, *.safetensors)")
-    parser.add_argument("--precision", choices=["fp32", "int8"], default="int8")
+    parser.add_argument("--precision", choices=get_args(Precision), default="int8")
     parser.add_argument("--storage", type=Path, help="storage folder (default: the engine's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cli.ask import ROOT, add_settings, settings_from
+from cli.ask import ROOT
 from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout
+from cli.settings import add_settings, settings_from
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.storage import open_storage

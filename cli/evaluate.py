@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cli.settings import add_engine_settings, settings_from
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -31,17 +32,16 @@ DATA: dict[str, Callable[[], Iterable[Sample]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", choices=sorted(DATA))
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--precision", choices=["fp32", "int8"], default="int8")
     parser.add_argument("--limit", type=int, help="only the first N questions")
+    add_engine_settings(parser)
     parser.add_argument("--storage", type=Path, help="storage folder (default: the engine's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the accuracy with its 95 % interval, and some of what was wrong."""
-    settings = {"storage": arguments.storage, "precision": arguments.precision, "cache_enabled": False}
     try:
-        engine = Engine(EngineConfig.from_mapping(settings))
+        engine = Engine(EngineConfig.from_mapping(settings_from(arguments) | {"cache_enabled": "false"}))
     except EngineError as error:
         print(f"tessera eval: {error}", file=sys.stderr)
         return 1
@@ -50,12 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
         samples = itertools.islice(DATA[arguments.data](), arguments.limit)
         result = score(engine, arguments.model, samples)
         seconds = time.monotonic() - started
+        precision = _precision(engine, arguments.model)
     except EngineError as error:
         print(f"tessera eval: {error}", file=sys.stderr)
         return 1
     finally:
         engine.close()
-    report(arguments, result, seconds)
+    report(arguments, precision, result, seconds)
     return 0
 
 
@@ -125,17 +126,23 @@ class _Answer:
         return "".join(self._texts).strip()
 
 
-def report(arguments: argparse.Namespace, result: Score, seconds: float) -> None:
+def _precision(engine: Engine, model: str) -> str:
+    """What `auto` came to."""
+    loaded = engine.status()["models"].get(model)  # absent when there was nothing to ask
+    return str(loaded["precision"]) if loaded else engine.config.precision
+
+
+def report(arguments: argparse.Namespace, precision: str, result: Score, seconds: float) -> None:
     """Text to stderr for people, the accuracy (or the JSON object) to stdout."""
     for question, expected, answer in result.wrong or []:
         print(f"  {question!r}: expected {expected!r}, got {answer!r}", file=sys.stderr)
-    line = f"{arguments.data} {arguments.precision}: {100 * result.accuracy:.2f} % +- {100 * result.interval:.2f}"
+    line = f"{arguments.data} {precision}: {100 * result.accuracy:.2f} % +- {100 * result.interval:.2f}"
     print(f"{line} of {result.asked} ({result.asked / seconds:.0f} questions/s)")
     if arguments.json:
         fields: dict[str, Any] = {
             "data": arguments.data,
             "model": arguments.model,
-            "precision": arguments.precision,
+            "precision": precision,
             "asked": result.asked,
             "right": result.right,
             "accuracy": result.accuracy,

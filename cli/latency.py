@@ -20,6 +20,7 @@ from typing import Any
 
 from cli.daemon import Daemon
 from cli.measured import Measured, ask, distribution, errors
+from cli.settings import settings_from
 from cli.traffic import Size, TrafficRequest, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ def rows(arguments: argparse.Namespace, size: Size) -> Iterator[dict[str, Any]]:
     count = arguments.requests or 50
     for precision in ("int8", "fp32"):
         with tempfile.TemporaryDirectory(prefix="tessera-bench-") as storage:
-            settings = {"storage": storage, "precision": precision}
+            settings = settings_from(arguments) | {"storage": storage, "precision": precision}
             yield {"row": precision, **_measure(arguments, settings, count, size)}
 
 

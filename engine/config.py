@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,13 @@ from typing import Any, Literal, get_args
 
 from engine.errors import InvalidConfig
 
-Device = Literal["auto", "cpu"]
-PrecisionSetting = Literal["auto", "fp32", "int8"]
+PrecisionSetting = Literal["auto", "fp32", "int8", "fp16", "bf16"]
+KVPrecision = Literal["auto", "int8"]
+
+_DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,3}(?:,[0-9]{1,3})*))?")
+_SHARE = (0.05, 0.95)  # of a GPU's free memory
+_GPU_MIB = (256, 1 << 20)
+_GPU_PRECISIONS = ("fp16", "bf16")
 
 _LIMITS: dict[str, tuple[float, float]] = {
     "max_batch_size": (1, 1024),
@@ -25,6 +31,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "feature_cache_mib": (1, 1 << 20),
     "cache_expiry_hours": (0.001, 24 * 3650),
     "request_timeout_s": (0.1, 86_400),
+    "idle_unload_minutes": (0, 1 << 20),
     "threads": (0, 1024),
     "preprocess_workers": (1, 64),
 }
@@ -41,11 +48,13 @@ class EngineConfig:
     """Raises InvalidConfig on construction, naming the setting, its value and the allowed range."""
 
     storage: Path = dataclasses.field(default_factory=default_storage)
-    device: Device = "auto"
+    device: str = "auto"  # auto, cpu, cuda (the first GPU that works), or GPUs by number: cuda:0,2
     precision: PrecisionSetting = "auto"
+    gpu_memory: float = 0.85  # for weights, KV and workspace: up to 0.95 a share of what is free, from 256 on MiB
+    kv_precision: KVPrecision = "auto"  # on a GPU; int8 holds twice the tokens
     max_batch_size: int = 32  # sequences that decode together
     max_waiting: int = 256  # requests accepted beyond those
-    kv_cache_mib: int = 1024
+    kv_cache_mib: int = 1024  # on the CPU
     prefill_chunk: int = 256  # tokens
     max_image_megapixels: float = 50.0
     max_images: int = 64  # per request
@@ -54,22 +63,32 @@ class EngineConfig:
     feature_cache_mib: int = 1024
     cache_expiry_hours: float = 24 * 7
     request_timeout_s: float = 540.0  # below the 600 s at which Dify gives up
+    # Long enough that nobody at work waits for a model twice, short enough that a night's GPU is free for others.
+    idle_unload_minutes: float = 30.0  # 0 = never
     threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one for a small model, every core for a large one
     preprocess_workers: int = 2
 
     def __post_init__(self) -> None:
         if not isinstance(self.storage, Path) or not self.storage.is_absolute():
             raise InvalidConfig(f"storage is {str(self.storage)!r}; give an absolute path of a folder")
-        _require_choice("device", self.device, get_args(Device))
+        _require_device(self.device)
         _require_choice("precision", self.precision, get_args(PrecisionSetting))
+        _require_choice("kv_precision", self.kv_precision, get_args(KVPrecision))
+        if self.device == "cpu":
+            require_cpu_precision(self.precision)
         if not isinstance(self.cache_enabled, bool):
             raise InvalidConfig(f"cache_enabled is {self.cache_enabled!r}; it must be true or false")
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InvalidConfig(f"{name} is {value!r}; it must be a number")
+            _require_number(name, value)
             if not low <= value <= high:
                 raise InvalidConfig(f"{name} is {value}; it must be between {low} and {high}")
+        _require_gpu_memory(self.gpu_memory)
+
+    @property
+    def cuda_indices(self) -> tuple[int, ...]:
+        """The GPUs that `device` numbers; empty when it leaves the choice open."""
+        return _indices(self.device)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:
@@ -96,9 +115,44 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidConfig(f"{name} is {value!r}; it must be a number")
+
+
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InvalidConfig(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def require_cpu_precision(precision: str, why: str = "") -> None:
+    """The CPU's operators compute in fp32 and int8. Raises InvalidConfig; `why` says why it is to be the CPU."""
+    if precision in _GPU_PRECISIONS:
+        because = f", and {why}" if why else ""
+        raise InvalidConfig(f"precision {precision} needs a CUDA device{because}; choose int8 or fp32")
+
+
+def _require_device(device: object) -> None:
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise InvalidConfig(
+            f"device is {device!r}; write auto, cpu, cuda, or GPUs by number, such as cuda:0 or cuda:0,2"
+        )
+    indices = _indices(device)
+    if len(indices) != len(set(indices)):
+        raise InvalidConfig(f"device is {device!r}; it names a GPU twice")
+
+
+def _indices(device: str) -> tuple[int, ...]:
+    return tuple(int(index) for index in device.removeprefix("cuda:").split(",")) if ":" in device else ()
+
+
+def _require_gpu_memory(value: float) -> None:
+    _require_number("gpu_memory", value)
+    if not any(low <= value <= high for low, high in (_SHARE, _GPU_MIB)):
+        raise InvalidConfig(
+            f"gpu_memory is {value}; give a share of the free memory between {_SHARE[0]} and {_SHARE[1]},"
+            f" or MiB from {_GPU_MIB[0]} to {_GPU_MIB[1]}"
+        )
 
 
 def _parse(name: str, kind: str, value: Any) -> Any:

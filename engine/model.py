@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
-from engine.config import EngineConfig
+from engine.config import EngineConfig, require_cpu_precision
 from engine.errors import InvalidRequest
 from engine.preprocess import ImageInput, ImageProcessor, decode_image, image_processor, image_size
 from engine.prompts import PromptBuilder
@@ -62,7 +62,8 @@ class Model:
 
 
 def resolve_precision(config: EngineConfig) -> Precision:
-    """On a CPU int8 is both the faster and the smaller choice."""
+    """On a CPU int8 is both the faster and the smaller choice. Raises InvalidConfig for one that needs a GPU."""
+    require_cpu_precision(config.precision)
     return "int8" if config.precision == "auto" else config.precision
 
 

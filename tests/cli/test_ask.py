@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli import ask
+from cli.settings import settings_from
 from tests.plugin.fake_plugin import copy_with_fake_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +45,14 @@ def test_images_come_before_the_question(tmp_path: Path) -> None:
 
 
 def test_settings_are_the_forms(tmp_path: Path) -> None:
-    args = parse("q", "--precision", "fp32", "--no-cache", "--storage", str(tmp_path), "--set", "max_waiting=3")
-    assert ask.settings_from(args) == {
+    words = ["--precision", "fp16", "--device", "cuda:1", "--gpu-memory", "4096", "--kv-precision", "int8"]
+    args = parse("q", *words, "--no-cache", "--storage", str(tmp_path), "--set", "max_waiting=3")
+    assert settings_from(args) == {
         "max_waiting": "3",
-        "precision": "fp32",
+        "device": "cuda:1",
+        "precision": "fp16",
+        "gpu_memory": "4096",
+        "kv_precision": "int8",
         "storage": str(tmp_path),
         "cache_enabled": "false",
     }
@@ -75,6 +80,11 @@ def test_an_error_is_one_sentence_and_a_code(capsys: pytest.CaptureFixture[str])
         (["nothing_here.png", "what?"], "nothing_here.png cannot be read"),
         (["what?", "--set", "max_waiting"], "write NAME=VALUE"),
         (["what?", "--set", "colour=red"], "unknown setting 'colour'"),
+        (["what?", "--device", "gpu"], "device is 'gpu'; write auto, cpu, cuda"),
+        (
+            ["what?", "--device", "cpu", "--precision", "bf16"],
+            "precision bf16 needs a CUDA device; choose int8 or fp32",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_starts(

@@ -1,0 +1,84 @@
+"""Settings are refused with a sentence that says what to write instead."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import InvalidConfig
+
+
+@pytest.mark.parametrize(
+    ("device", "indices"),
+    [("auto", ()), ("cpu", ()), ("cuda", ()), ("cuda:0", (0,)), ("cuda:0,2", (0, 2)), ("cuda:10,3", (10, 3))],
+)
+def test_a_device_may_number_its_gpus(device: str, indices: tuple[int, ...]) -> None:
+    assert EngineConfig(device=device).cuda_indices == indices
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["", "gpu", "CUDA", "cuda:", "cuda:a", "cuda:0,", "cuda:,0", "cuda:-1", "cuda:0 1", "cpu:0", "cuda:0\n", 0],
+)
+def test_another_spelling_of_a_device_is_refused(device: Any) -> None:
+    with pytest.raises(InvalidConfig, match="write auto, cpu, cuda, or GPUs by number"):
+        EngineConfig(device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:0,0", "cuda:1,2,01"])
+def test_a_gpu_is_not_named_twice(device: str) -> None:
+    with pytest.raises(InvalidConfig, match="names a GPU twice"):
+        EngineConfig(device=device)
+
+
+@pytest.mark.parametrize("memory", ["0.05", "0.85", " 0.95 ", "256", "20000"])
+def test_gpu_memory_is_a_share_or_mebibytes(memory: str) -> None:
+    assert EngineConfig.from_mapping({"gpu_memory": memory}).gpu_memory == float(memory)
+
+
+@pytest.mark.parametrize("memory", [0, 0.01, 0.96, 1, 100, -0.5, float("nan"), float("inf"), 1 << 30])
+def test_gpu_memory_between_the_two_is_refused(memory: float) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape("a share of the free memory between 0.05 and 0.95, or MiB")):
+        EngineConfig(gpu_memory=memory)
+
+
+@pytest.mark.parametrize("memory", ["85%", "20 GB", True])
+def test_gpu_memory_is_a_number(memory: Any) -> None:
+    with pytest.raises(InvalidConfig, match="must be a number"):
+        EngineConfig.from_mapping({"gpu_memory": memory})
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sixteen_bits_on_the_cpu_are_refused_with_what_to_choose(precision: str) -> None:
+    settings = {"device": "cpu", "precision": precision}
+    with pytest.raises(InvalidConfig, match=f"precision {precision} needs a CUDA device; choose int8 or fp32"):
+        EngineConfig.from_mapping(settings)
+    assert EngineConfig.from_mapping(settings | {"device": "auto"}).precision == precision
+
+
+@pytest.mark.parametrize("name", ["kv_precision", "precision"])
+def test_an_unknown_precision_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"choose one of auto, .*int8"):
+        EngineConfig.from_mapping({name: "int4"})
+
+
+def test_a_model_may_stay_for_ever_but_not_for_less_than_no_time() -> None:
+    assert EngineConfig.from_mapping({"idle_unload_minutes": "0"}).idle_unload_minutes == 0
+    with pytest.raises(InvalidConfig, match="idle_unload_minutes is -1"):
+        EngineConfig.from_mapping({"idle_unload_minutes": "-1"})
+
+
+def test_settings_survive_the_way_to_another_process(tmp_path: Path) -> None:
+    config = EngineConfig(
+        storage=tmp_path,
+        device="cuda:0,2",
+        precision="bf16",
+        gpu_memory=20000,
+        kv_precision="int8",
+        idle_unload_minutes=0.5,
+    )
+    assert EngineConfig.from_mapping(config.to_mapping()) == config

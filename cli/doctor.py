@@ -7,6 +7,7 @@ import base64
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -17,7 +18,8 @@ from cli.ask import ROOT
 from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout
 from cli.settings import add_settings, settings_from
 from engine.config import EngineConfig
-from engine.errors import EngineError
+from engine.device import cuda_version, driver_cuda, installed_gpus, resolve
+from engine.errors import DeviceUnavailable, EngineError
 from engine.storage import open_storage
 
 PACKAGES = ("dify_plugin", "onnxruntime-gpu", "torch", "transformers", "diskcache", "numpy")
@@ -49,6 +51,8 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], str]]]
     yield "processor", _processor
     yield "memory", _memory
     yield "onnxruntime", _providers
+    yield "gpu", _gpus
+    yield "device", lambda: _device(EngineConfig.from_mapping(settings_from(args)))
     yield "storage", lambda: _storage(EngineConfig.from_mapping(settings_from(args)).storage)
     yield "demo", lambda: _demo(settings_from(args))
 
@@ -85,7 +89,33 @@ def _providers() -> str:
     import onnxruntime  # type: ignore[import-untyped]
 
     names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
-    return f"built for {', '.join(names)}; Tessera uses CPU"
+    return f"built for {', '.join(names)}"
+
+
+def _gpus() -> str:
+    """No GPU is a fact, not a problem."""
+    try:
+        gpus = installed_gpus()
+    except DeviceUnavailable as error:
+        return f"none: {error}"
+    return "; ".join([*map(str, gpus), f"driver {_driver()}"])
+
+
+def _driver() -> str:
+    """Its release and the CUDA it speaks."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    release, speaks = re.search(r"\d+\.\d+(\.\d+)?", text), driver_cuda()
+    return f"{release[0] if release else 'of unknown release'} (CUDA {cuda_version(speaks) if speaks else 'unknown'})"
+
+
+def _device(config: EngineConfig) -> str:
+    devices = resolve(config)
+    if devices.gpus:
+        return f"{config.device}: models run on {', '.join(f'cuda:{gpu.index}' for gpu in devices.gpus)}"
+    return f"{config.device}: models run on the CPU" + (f", because {devices.reason}" if devices.reason else "")
 
 
 def _storage(folder: Path) -> str:

@@ -13,6 +13,7 @@
     │   ├── UnknownModel
     │   ├── CheckpointError
     │   └── ArtifactError
+    ├── DeviceUnavailable         CUDA was asked for and cannot be used; the message names what is missing
     ├── StorageError              disk full, read-only or missing storage folder
     ├── Cancelled                 the caller closed its stream
     └── EngineStopped             the engine's process ended or is shutting down
@@ -88,6 +89,10 @@ class CheckpointError(ModelUnavailable):
 
 class ArtifactError(ModelUnavailable):
     """A converted artifact is missing, incomplete or fails verification."""
+
+
+class DeviceUnavailable(EngineError):
+    """The GPU that was asked for cannot be used on this machine."""
 
 
 class StorageError(EngineError):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from engine import device
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
-from engine.config import EngineConfig, require_cpu_precision
+from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.preprocess import ImageInput, ImageProcessor, decode_image, image_processor, image_size
 from engine.prompts import PromptBuilder
@@ -62,9 +63,10 @@ class Model:
 
 
 def resolve_precision(config: EngineConfig) -> Precision:
-    """On a CPU int8 is both the faster and the smaller choice. Raises InvalidConfig for one that needs a GPU."""
-    require_cpu_precision(config.precision)
-    return "int8" if config.precision == "auto" else config.precision
+    """Raises DeviceUnavailable when CUDA is asked for and cannot be had, InvalidConfig for a precision of GPUs only."""
+    if config.device.startswith("cuda"):
+        device.resolve(config)
+    return device.resolve_precision(config, device.Devices(), "float32")
 
 
 def _threads(artifact: Artifact) -> int:

@@ -11,6 +11,7 @@ from dify_plugin import ModelProvider
 from dify_plugin.errors.model import CredentialsValidateFailedError
 
 from engine.config import EngineConfig
+from engine.device import check_driver
 from engine.errors import EngineError, StorageError
 from engine.storage import open_storage
 from models._settings import engine_config
@@ -28,7 +29,11 @@ class TesseraProvider(ModelProvider):
 
 
 def check_settings(config: EngineConfig) -> None:
-    """Raises StorageError unless the storage folder can be written and has room for a model."""
+    """Whether the storage folder can be written and has room for a model, and a GPU that is asked for has a driver.
+
+    Raises StorageError or DeviceUnavailable.
+    """
+    check_driver(config)
     open_storage(config.storage)
     free = free_mib(config.storage)
     if free < FREE_SPACE_MIB:

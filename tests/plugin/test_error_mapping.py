@@ -27,6 +27,7 @@ from models._errors import as_invoke_error
         (errors.UnknownModel, InvokeServerUnavailableError),
         (errors.CheckpointError, InvokeServerUnavailableError),
         (errors.ArtifactError, InvokeServerUnavailableError),
+        (errors.DeviceUnavailable, InvokeServerUnavailableError),
         (errors.StorageError, InvokeServerUnavailableError),
         (errors.EngineStopped, InvokeServerUnavailableError),
         (errors.Cancelled, InvokeServerUnavailableError),

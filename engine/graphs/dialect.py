@@ -48,16 +48,26 @@ class DecoderDialect(Dialect, Protocol):
 class TowerDialect(Dialect, Protocol):
     """What a vision tower is made of."""
 
+    def weight(self, name: str) -> ir.Value:
+        """A tensor of the artifact."""
+        ...
+
+    def activations(self, x: ir.Value) -> ir.Value:
+        """float32 to the type in which the tower computes."""
+        ...
+
+    def activated(self, x: ir.Value, name: str, kind: str) -> ir.Value:
+        """gelu, gelu_pytorch_tanh or quick_gelu of `linear(x, name)`."""
+        ...
+
     def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value: ...
 
-    def add_layer_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
-        """(norm of the sum, the sum)."""
+    def add_layer_norm(
+        self, x: ir.Value, name: str, residual: ir.Value, norm: str, epsilon: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum of `residual` and `linear(x, name)`)."""
         ...
 
-    def activation(self, x: ir.Value, kind: str) -> ir.Value:
-        """gelu, gelu_pytorch_tanh or quick_gelu."""
-        ...
-
-    def attention(self, qkv: ir.Value) -> ir.Value:
-        """Every token to every token of its own sequence: [T, 3 * hidden] to [T, hidden]."""
+    def attention(self, x: ir.Value, name: str) -> ir.Value:
+        """Every token to every token of its own sequence, [T, hidden]; NAME's output is queries, keys and values."""
         ...

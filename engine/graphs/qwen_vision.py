@@ -10,9 +10,14 @@ from engine.spec import QwenVisionSpec
 
 
 def qwen_vision_graph(dialect: TowerDialect, spec: QwenVisionSpec, patches: ir.Value) -> ir.Value:
-    """uint8 [N, 3 * temporal_patch * patch * patch], grouped by `merge`, to [N / merge**2, hidden of the decoder]."""
+    """uint8 [N, 3 * patch * patch], grouped by `merge`, to [N / merge**2, hidden of the decoder].
+
+    A still image stands in every frame of a temporal patch.
+    """
     builder = dialect.builder
-    pixels = normalise(builder, patches, spec.norm, spec.temporal_patch * spec.patch**2)
-    x = tower(dialect, spec, dialect.linear(pixels, "vision.patch"))
-    merged = builder.reshape(x, -1, spec.merge**2 * spec.hidden)
-    return dialect.linear(dialect.activation(dialect.linear(merged, "vision.merger"), "gelu"), "vision.projection")
+    pixels = normalise(dialect, patches, spec.norm, spec.patch**2)
+    frame = builder.reshape(pixels, -1, 3, spec.patch**2)
+    frames = builder.op("Concat", *(frame,) * spec.temporal_patch, axis=2)
+    x = dialect.linear(builder.reshape(frames, -1, 3 * spec.temporal_patch * spec.patch**2), "vision.patch")
+    merged = builder.reshape(tower(dialect, spec, x), -1, spec.merge**2 * spec.hidden)
+    return dialect.linear(dialect.activated(merged, "vision.merger", "gelu"), "vision.projection")

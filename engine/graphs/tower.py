@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engine.graphs.builder import GraphBuilder
 from engine.graphs.dialect import TowerDialect
 from engine.spec import PixelNorm, QwenVisionSpec, SiglipSpec
 
 
-def normalise(builder: GraphBuilder, pixels: ir.Value, norm: PixelNorm, per_channel: int) -> ir.Value:
-    """uint8 [T, 3 * per_channel], channel by channel, to the float32 that the tower was trained on."""
+def normalise(dialect: TowerDialect, pixels: ir.Value, norm: PixelNorm, per_channel: int) -> ir.Value:
+    """uint8 [T, 3 * per_channel], channel by channel, to what the tower was trained on."""
+    builder = dialect.builder
     std = np.repeat(np.asarray(norm.std, np.float64), per_channel)
     mean = np.repeat(np.asarray(norm.mean, np.float64), per_channel)
     scale = builder.table("vision.pixel_scale", (norm.rescale / std).astype(np.float32))
     shift = builder.table("vision.pixel_shift", (-mean / std).astype(np.float32))
     pixels = builder.op("Cast", pixels, to=int(ir.DataType.FLOAT))
-    return builder.op("Add", builder.op("Mul", pixels, scale), shift)
+    return dialect.activations(builder.op("Add", builder.op("Mul", pixels, scale), shift))
 
 
 def tower(dialect: TowerDialect, spec: SiglipSpec | QwenVisionSpec, x: ir.Value) -> ir.Value:
@@ -25,11 +25,9 @@ def tower(dialect: TowerDialect, spec: SiglipSpec | QwenVisionSpec, x: ir.Value)
     normed = dialect.layer_norm(x, "vision.layers.0.attention_norm", spec.norm_eps)
     for layer in range(spec.layers):
         name = f"vision.layers.{layer}"
-        attention = dialect.attention(dialect.linear(normed, f"{name}.qkv"))
-        normed, x = dialect.add_layer_norm(
-            dialect.linear(attention, f"{name}.out"), x, f"{name}.mlp_norm", spec.norm_eps
-        )
-        mlp = dialect.activation(dialect.linear(normed, f"{name}.up"), spec.activation)
+        attention = dialect.attention(normed, f"{name}.qkv")
+        normed, x = dialect.add_layer_norm(attention, f"{name}.out", x, f"{name}.mlp_norm", spec.norm_eps)
+        mlp = dialect.activated(normed, f"{name}.up", spec.activation)
         following = f"vision.layers.{layer + 1}.attention_norm" if layer + 1 < spec.layers else "vision.norm"
-        normed, x = dialect.add_layer_norm(dialect.linear(mlp, f"{name}.down"), x, following, spec.norm_eps)
+        normed, x = dialect.add_layer_norm(mlp, f"{name}.down", x, following, spec.norm_eps)
     return normed

@@ -1,4 +1,4 @@
-"""Qwen2-VL's image processor: any resolution, cut into patches in the order in which the merger joins them.
+"""Qwen2-VL's image processor: any resolution, sides of whole patches.
 
 The arithmetic is that of transformers 5.17, models/qwen2_vl/image_processing_pil_qwen2_vl.py.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import CheckpointError, InvalidImage
@@ -48,7 +47,8 @@ class Qwen2VLProcessor:
     def process(self, image: Image.Image, data: bytes) -> ImageInput:
         tokens, grid = self.count(*image.size)
         image = image.resize(self._resized(*image.size), self._resample)
-        return ImageInput(self._patches(image, grid), grid, tokens, self.key(data))
+        pixels = np.stack([np.asarray(band) for band in image.split()])
+        return ImageInput(pixels, grid, tokens, self.key(data))
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Both sides multiples of patch * merge, the area within the limits, the shape kept as far as that goes."""
@@ -67,16 +67,6 @@ class Qwen2VLProcessor:
             scale = math.sqrt(self._min_pixels / (height * width))
             columns, rows = math.ceil(width * scale / factor), math.ceil(height * scale / factor)
         return columns * factor, rows * factor
-
-    def _patches(self, image: Image.Image, grid: Grid) -> NDArray[np.uint8]:
-        """[patches, 3 * temporal * side * side]; a still image repeats in every frame of a temporal patch."""
-        side, merge = self._patch, self._merge
-        rows, columns = grid[1] // merge, grid[2] // merge
-        patches = np.empty((rows, columns, merge, merge, 3, self._temporal, side, side), np.uint8)
-        for channel, band in enumerate(image.split()):
-            view = np.asarray(band).reshape(rows, merge, side, columns, merge, side)
-            patches[:, :, :, :, channel] = view.transpose(0, 3, 1, 4, 2, 5)[:, :, :, :, None]
-        return patches.reshape(grid[1] * grid[2], -1)
 
 
 def _require_equal(settings: Settings, name: str, default: int, expected: int) -> None:

@@ -24,7 +24,10 @@ class TowerInput(Protocol):
     """What the tower needs of an `ImageInput`."""
 
     @property
-    def pixels(self) -> NDArray[np.uint8]: ...
+    def pixels(self) -> NDArray[np.uint8]:
+        """SigLIP [tiles, 3, side, side], Qwen2-VL [3, height, width]."""
+        ...
+
     @property
     def grid(self) -> tuple[int, int, int]: ...
     @property
@@ -70,7 +73,7 @@ class Encoder:
             frames, height, width = grid
             cosine, sine = vision_rotary(spec, height, width)
             inputs = {
-                TowerInputs.PIXELS: np.concatenate([images[member].pixels for member in members]),
+                TowerInputs.PIXELS: np.concatenate([cut_patches(spec, images[member].pixels) for member in members]),
                 TowerInputs.SHAPE: np.array([frames * len(members), height * width, -1]),
                 TowerInputs.COSINE: cosine,
                 TowerInputs.SINE: sine,
@@ -93,6 +96,14 @@ def _same_grid(images: Sequence[TowerInput]) -> Iterator[tuple[tuple[int, int, i
         per_call = max(1, PATCHES_PER_CALL // (grid[0] * grid[1] * grid[2]))
         for start in range(0, len(members), per_call):
             yield grid, members[start : start + per_call]
+
+
+def cut_patches(spec: QwenVisionSpec, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[3, height, width] to [patches, 3 * patch**2], in the order in which the merger joins them."""
+    side, merge = spec.patch, spec.merge
+    rows, columns = (length // (merge * side) for length in pixels.shape[1:])
+    blocks = pixels.reshape(3, rows, merge, side, columns, merge, side)
+    return blocks.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3 * side**2)
 
 
 def vision_rotary(spec: QwenVisionSpec, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

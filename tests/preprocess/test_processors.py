@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from engine.errors import CheckpointError, InvalidImage
-from engine.preprocess import ImageProcessor, image_processor, read_settings
+from engine.preprocess import ImageInput, ImageProcessor, image_processor, read_settings
+from engine.spec import QwenVisionSpec
 from tests.preprocess.specs import qwen_spec, siglip_spec
+from tests.runtime.cases import still_patches
 
 RAW = {"do_rescale": False, "do_normalize": False}
 SIZES = [
@@ -42,6 +45,13 @@ def picture(width: int, height: int) -> Image.Image:
 def saved(folder: Path, reference: Any) -> Path:
     reference.save_pretrained(folder)
     return folder
+
+
+def patches(image: ImageInput, side: int, merge: int, temporal: int) -> NDArray[np.uint8]:
+    """A still image cut as transformers cuts it: [patches, 3 * temporal * side * side]."""
+    spec = qwen_spec(side, merge, temporal).vision
+    assert isinstance(spec, QwenVisionSpec)
+    return still_patches(spec, image.pixels).reshape(image.grid[1] * image.grid[2], -1)
 
 
 def smolvlm(folder: Path, tile: int) -> ImageProcessor:
@@ -95,9 +105,9 @@ def test_qwen_patches_are_those_of_transformers(limits: tuple[int, int], tmp_pat
         wanted = reference(picture(*size), return_tensors="np", **RAW)
         found = processor.process(picture(*size), b"file")
         assert found.pixels.dtype == np.uint8
-        assert np.array_equal(found.pixels, wanted["pixel_values"]), size
+        assert np.array_equal(patches(found, 14, 2, 2), wanted["pixel_values"]), size
         assert list(found.grid) == wanted["image_grid_thw"][0].tolist()
-        assert found.tokens == len(found.pixels) // 4
+        assert found.tokens == found.grid[1] * found.grid[2] // 4
         assert processor.count(*size) == (found.tokens, found.grid)
 
 
@@ -106,7 +116,7 @@ def test_qwen_takes_other_patch_sizes(tmp_path: Path) -> None:
     reference = Qwen2VLImageProcessorPil(size={"shortest_edge": 400, "longest_edge": 9000}, **options)
     processor = image_processor(saved(tmp_path, reference), qwen_spec(patch=4, merge=3, temporal=1))
     wanted = reference(picture(61, 130), return_tensors="np", **RAW)["pixel_values"]
-    assert np.array_equal(processor.process(picture(61, 130), b"").pixels, wanted)
+    assert np.array_equal(patches(processor.process(picture(61, 130), b""), 4, 3, 1), wanted)
 
 
 def test_qwen_refuses_what_is_far_longer_than_wide(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from engine.runtime import Decoder
+from engine.runtime.encoder import cut_patches
 from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
 from tests.runtime.models import IMAGE_TOKEN
 
@@ -53,7 +54,7 @@ def pictures(spec: ModelSpec, shapes: Sequence[tuple[int, int]], seed: int) -> l
             grid, tokens = (1, height, width), tiles * spec.vision.tokens_per_tile
         else:
             assert isinstance(spec.vision, QwenVisionSpec)
-            size = (height * width, 3 * spec.vision.temporal_patch * spec.vision.patch**2)
+            size = (3, height * spec.vision.patch, width * spec.vision.patch)
             grid, tokens = (1, height, width), height * width // spec.vision.merge**2
         made.append(Picture(random.integers(0, 256, size, dtype=np.uint8), grid, tokens))
     return made
@@ -91,13 +92,18 @@ def _reference_inputs(spec: ModelSpec, images: list[Picture], token_ids: NDArray
     if not images:
         return {"mm_token_type_ids": types} if three_axis else {}
     assert spec.vision is not None
-    pixels = np.concatenate([image.pixels for image in images])
     if isinstance(spec.vision, SiglipSpec):
+        pixels = np.concatenate([image.pixels for image in images])
         return {"pixel_values": torch.tensor(_normalise(pixels.swapaxes(1, 3), spec.vision.norm).swapaxes(1, 3))[None]}
-    channels = pixels.reshape(len(pixels), 3, -1)
-    patches = _normalise(channels.swapaxes(1, 2), spec.vision.norm).swapaxes(1, 2).reshape(pixels.shape)
+    channels = np.concatenate([still_patches(spec.vision, image.pixels) for image in images])
+    patches = _normalise(channels.swapaxes(1, 2), spec.vision.norm).swapaxes(1, 2).reshape(len(channels), -1)
     grid = torch.tensor([image.grid for image in images])
     return {"pixel_values": torch.tensor(patches), "image_grid_thw": grid, "mm_token_type_ids": types}
+
+
+def still_patches(spec: QwenVisionSpec, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[patches, 3, temporal_patch * patch**2] as transformers cuts a still image."""
+    return np.tile(cut_patches(spec, pixels).reshape(-1, 3, spec.patch**2), (1, 1, spec.temporal_patch))
 
 
 def _normalise(pixels: NDArray[np.uint8], norm: PixelNorm) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ _ANY = 1 << 30
 class TowerInputs:
     """Names in the graph. B sequences of L patches each."""
 
-    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [B * L, 3 * temporal_patch * patch**2]
+    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [B * L, 3 * patch**2]
     SHAPE = "shape"  # int64 [3]: B, L, -1; Qwen2-VL only
     COSINE = "cosine"  # float32 [L, head_dim / 2]; Qwen2-VL only
     SINE = "sine"
@@ -41,7 +41,7 @@ def cpu_tower(artifact: Artifact) -> bytes:
         features = siglip_graph(CpuTowerDialect(builder, artifact, spec, shape, patches=patches), spec, pixels)
     else:
         assert isinstance(spec, QwenVisionSpec)
-        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["N", 3 * spec.temporal_patch * spec.patch**2])
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["N", 3 * spec.patch**2])
         shape = builder.input(TowerInputs.SHAPE, np.int64, [3])
         half = spec.hidden // spec.heads // 2
         rotary = tuple(builder.input(name, np.float32, ["L", half]) for name in (TowerInputs.COSINE, TowerInputs.SINE))
@@ -77,23 +77,32 @@ class CpuTowerDialect:
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         return self._linears.linear(x, name)
 
-    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        affine = (self.builder.weight(f"{name}.weight"), self.builder.weight(f"{name}.bias"))
-        return self.builder.op("LayerNormalization", x, *affine, axis=-1, epsilon=epsilon)
+    def weight(self, name: str) -> ir.Value:
+        return self.builder.weight(name)
 
-    def add_layer_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
-        # SkipLayerNormalization does both in one node, three to six times slower on this provider.
-        total = self.builder.op("Add", x, residual)
-        return self.layer_norm(total, name, epsilon), total
+    def activations(self, x: ir.Value) -> ir.Value:
+        return x
 
-    def activation(self, x: ir.Value, kind: str) -> ir.Value:
+    def activated(self, x: ir.Value, name: str, kind: str) -> ir.Value:
+        x = self.linear(x, name)
         if kind == "quick_gelu":
             return self.builder.op("QuickGelu", x, domain=MICROSOFT, alpha=1.702)
         return self.builder.op("Gelu", x, approximate=_GELU[kind])
 
-    def attention(self, qkv: ir.Value) -> ir.Value:
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        affine = (self.builder.weight(f"{name}.weight"), self.builder.weight(f"{name}.bias"))
+        return self.builder.op("LayerNormalization", x, *affine, axis=-1, epsilon=epsilon)
+
+    def add_layer_norm(
+        self, x: ir.Value, name: str, residual: ir.Value, norm: str, epsilon: float
+    ) -> tuple[ir.Value, ir.Value]:
+        # SkipLayerNormalization does both in one node, three to six times slower on this provider.
+        total = self.builder.op("Add", self.linear(x, name), residual)
+        return self.layer_norm(total, norm, epsilon), total
+
+    def attention(self, x: ir.Value, name: str) -> ir.Value:
         builder, heads = self.builder, self._spec.heads
-        packed = builder.op("Reshape", qkv, self._shape)
+        packed = builder.op("Reshape", self.linear(x, name), self._shape)
         query, key, value = builder.ops("Split", packed, outputs=3, axis=-1, num_outputs=3)
         if self._rotary:
             start = builder.constant([0], np.int64)

@@ -1,0 +1,131 @@
+"""Vision towers on CUDA: the images of many requests packed into one call, nothing padded."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from engine.checkpoints.artifact import Artifact
+from engine.graphs.builder import MICROSOFT
+from engine.graphs.cuda.linear import cuda_linears
+from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
+from engine.graphs.qwen_vision import qwen_vision_graph
+from engine.graphs.siglip import siglip_graph
+from engine.spec import FloatType, QwenVisionSpec, SiglipSpec
+
+
+class TowerInputs:
+    """Names in the graph: T patches of B sequences that attend each to itself; all on the device."""
+
+    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [T, 3 * patch**2]
+    STARTS = "starts"  # int32 [B + 1]: where each sequence's patches begin, and T
+    OFFSET = "offset"  # int32 [B, patches of the longest]: places of real patches, then of padding, if it were padded
+    COSINE = "cosine"  # [T, head_dim / 2], float32 for activations of float32, else float16; Qwen2-VL only
+    SINE = "sine"
+    FEATURES = "features"  # activations [tokens, hidden of the decoder]
+
+
+def cuda_tower(artifact: Artifact, activations: FloatType) -> CudaGraph:
+    """A model of the tower and its connector.
+
+    It declares linear weights as `activations`, whatever the artifact's precision: a tower computes with hundreds of
+    rows at once, where int8 weights save no time.
+    """
+    spec = artifact.spec.vision
+    builder = CudaBuilder(artifact, activations)
+    if isinstance(spec, SiglipSpec):
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["tiles", 3, spec.tile, spec.tile])
+        features = siglip_graph(CudaTowerDialect(builder, spec), spec, pixels)
+    else:
+        assert isinstance(spec, QwenVisionSpec)
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["T", 3 * spec.patch**2])
+        features = qwen_vision_graph(CudaTowerDialect(builder, spec), spec, pixels)
+    builder.output(features, TowerInputs.FEATURES, builder.dtype.type)
+    return builder.graph()
+
+
+class CudaTowerDialect:
+    """Implements `TowerDialect`."""
+
+    def __init__(self, builder: CudaBuilder, spec: SiglipSpec | QwenVisionSpec) -> None:
+        self.builder = builder
+        self._spec = spec
+        self._linears = cuda_linears(builder, int8=False)
+        self._starts = builder.input(TowerInputs.STARTS, np.int32, ["B1"])
+        self._offset = builder.input(TowerInputs.OFFSET, np.int32, ["B", "L"])
+        # The operator has no kernel for bfloat16. Queries, keys and values follow a norm and stay far below the
+        # largest float16, and it rounds them eight times finer.
+        self._narrow = builder.dtype == ml_dtypes.bfloat16
+        self._rotary: tuple[ir.Value, ...] = ()
+        if isinstance(spec, QwenVisionSpec):
+            dtype = np.float16 if self._narrow else builder.dtype.type
+            half = spec.hidden // spec.heads // 2
+            tables = (TowerInputs.COSINE, TowerInputs.SINE)
+            self._rotary = tuple(builder.input(name, dtype, ["T", half]) for name in tables)
+
+    def weight(self, name: str) -> ir.Value:
+        return self.builder.device_weight(name)
+
+    def activations(self, x: ir.Value) -> ir.Value:
+        if self.builder.dtype == np.float32:
+            return x
+        return self.builder.op("Cast", x, to=self.builder.onnx_type)
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self._linears.linear(x, name)
+
+    def activated(self, x: ir.Value, name: str, kind: str) -> ir.Value:
+        if kind == "quick_gelu":
+            return self.builder.op("QuickGelu", self.linear(x, name), domain=MICROSOFT, alpha=1.702)
+        product, bias = self._product(x, name)
+        if kind == "gelu_pytorch_tanh":
+            return self.builder.op("FastGelu", product, bias, domain=MICROSOFT)
+        assert kind == "gelu"
+        if bias is None:
+            return self.builder.op("Gelu", product, domain=MICROSOFT)
+        return self.builder.op("BiasGelu", product, bias, domain=MICROSOFT)
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        affine = (self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
+        return self.builder.op("LayerNormalization", x, *affine, axis=-1, epsilon=epsilon)
+
+    def add_layer_norm(
+        self, x: ir.Value, name: str, residual: ir.Value, norm: str, epsilon: float
+    ) -> tuple[ir.Value, ir.Value]:
+        product, bias = self._product(x, name)
+        affine = (self.weight(f"{norm}.weight"), self.weight(f"{norm}.bias"))
+        normed, _, _, total = self.builder.ops(
+            "SkipLayerNormalization", product, residual, *affine, bias, outputs=4, domain=MICROSOFT, epsilon=epsilon
+        )
+        return normed, total
+
+    def attention(self, x: ir.Value, name: str) -> ir.Value:
+        """Three products instead of one that would have to be split: the operator takes whole tensors."""
+        width = self._spec.hidden
+        parts = [self._linears.linear(x, name, (start, start + width)) for start in range(0, 3 * width, width)]
+        if self._narrow:
+            parts = [self.builder.op("Cast", part, to=int(ir.DataType.FLOAT16)) for part in parts]
+        query, key, value = parts
+        if self._rotary:
+            query, key = self._rotate(query), self._rotate(key)
+        output = self.builder.op(
+            "PackedMultiHeadAttention",
+            *(query, key, value, None, self._offset, self._starts),
+            domain=MICROSOFT,
+            num_heads=self._spec.heads,
+        )
+        return self.builder.op("Cast", output, to=self.builder.onnx_type) if self._narrow else output
+
+    def _product(self, x: ir.Value, name: str) -> tuple[ir.Value, ir.Value | None]:
+        """x @ weight.T, and the bias for the operator that follows to add."""
+        bias = self.weight(f"{name}.bias") if self.builder.has(f"{name}.bias") else None
+        return self.builder.op("Gemm", x, self.weight(f"{name}.weight"), transB=1), bias
+
+    def _rotate(self, x: ir.Value) -> ir.Value:
+        """All patches as one sequence: each has a row of its own in the tables."""
+        builder = self.builder
+        batch = builder.op("Unsqueeze", x, builder.constant([0], np.int64))
+        start = builder.constant([0], np.int64)
+        rotated = builder.op("RotaryEmbedding", batch, start, *self._rotary, domain=MICROSOFT)
+        return builder.reshape(rotated, -1, self._spec.hidden)

@@ -1,0 +1,168 @@
+"""Runs a vision tower on a device: images of any sizes in one packed call, nothing waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.checkpoints.artifact import Artifact
+from engine.graphs.cuda import DeviceWeight
+from engine.graphs.cuda.tower import TowerInputs, cuda_tower
+from engine.graphs.cuda.weights import numpy_type
+from engine.runtime.cuda.session import CudaSession, GraphSession
+from engine.runtime.cuda.weights import DeviceWeights, torch_type
+from engine.runtime.encoder import TowerInput, vision_rotary
+from engine.spec import FloatType, ModelSpec, QwenVisionSpec, SiglipSpec
+
+PATCHES_PER_CALL = 16384  # some 40 KiB of activations each for towers of 1280 dimensions; one image may exceed it
+_KEPT_GRIDS = 32  # rotary tables, a few hundred KiB each
+
+
+def open_encoder(artifact: Artifact, activations: FloatType, device: torch.device) -> CudaEncoder:
+    """The tower on torch's current stream of `device`. Raises torch.OutOfMemoryError."""
+    graph = cuda_tower(artifact, activations)
+    weights = tower_weights(artifact, graph.weights, device)
+    session = CudaSession(graph, weights, artifact.folder, device)
+    return CudaEncoder(session, artifact.spec, activations, device)
+
+
+def tower_weights(artifact: Artifact, wanted: Iterable[DeviceWeight], device: torch.device) -> dict[str, torch.Tensor]:
+    """A tower's tensors by name, on the device; int8 weights are multiplied by their scale."""
+    whole: dict[str, torch.Tensor] = {}
+    tensors = {}
+    for weight in wanted:
+        if weight.source not in whole:
+            whole[weight.source] = _upload(artifact, weight, device)
+        first, stop = weight.rows
+        tensors[weight.name] = whole[weight.source][first:stop]
+    return tensors
+
+
+def _upload(artifact: Artifact, weight: DeviceWeight, device: torch.device) -> torch.Tensor:
+    """All rows of the weight's source."""
+    shape = artifact.entries[weight.source].shape
+    if artifact.entries[weight.source].dtype != "int8":
+        return _plain(artifact, weight.source, shape, weight.dtype, device)
+    scale = f"{weight.source.removesuffix('.weight')}.scale"
+    values = _plain(artifact, weight.source, shape, np.dtype(np.float32), device)
+    scales = _plain(artifact, scale, shape[:1], np.dtype(np.float32), device)
+    return (values * scales[:, None]).to(torch_type(weight.dtype.name))
+
+
+def _plain(
+    artifact: Artifact, source: str, shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device
+) -> torch.Tensor:
+    weight = DeviceWeight(source, source, (0, shape[0]), "plain", dtype, shape)
+    return DeviceWeights(artifact, device).upload([weight])[source]
+
+
+class CudaEncoder:
+    """One session, one thread. An image's features do not depend on the images beside it, but for rounding."""
+
+    def __init__(
+        self,
+        session: GraphSession,
+        spec: ModelSpec,
+        activations: FloatType,
+        device: torch.device,
+        *,
+        patches_per_call: int = PATCHES_PER_CALL,
+    ) -> None:
+        """Fewer `patches_per_call` need less memory; an image with more gets a call to itself."""
+        assert spec.vision is not None, "a text-only model has no encoder"
+        self._session = session
+        self._spec = spec.vision
+        self._hidden = spec.decoder.hidden
+        self._dtype = torch_type(numpy_type(activations).name)
+        self._table_dtype = torch.float32 if activations == "float32" else torch.float16
+        self._device = device
+        self._patches_per_call = patches_per_call
+        self._tables = lru_cache(_KEPT_GRIDS)(self._rotary_tables)
+
+    def encode(self, images: Sequence[TowerInput]) -> list[torch.Tensor]:
+        """One [tokens, hidden] per image on the device, enqueued on its stream; views of one tensor per call."""
+        features: list[torch.Tensor] = []
+        for batch in self._batches(images):
+            features += self._run(batch)
+        return features
+
+    def _batches(self, images: Sequence[TowerInput]) -> Iterator[Sequence[TowerInput]]:
+        start, patches = 0, 0
+        for stop, image in enumerate(images):
+            more = sum(_sequences(self._spec, image))
+            if stop > start and patches + more > self._patches_per_call:
+                yield images[start:stop]
+                start, patches = stop, 0
+            patches += more
+        if start < len(images):
+            yield images[start:]
+
+    def _run(self, images: Sequence[TowerInput]) -> Sequence[torch.Tensor]:
+        lengths = [length for image in images for length in _sequences(self._spec, image)]
+        starts, offset = packing(lengths)
+        inputs = {
+            TowerInputs.PIXELS: self._pixels(images),
+            TowerInputs.STARTS: self._to_device([starts]),
+            TowerInputs.OFFSET: self._to_device([offset]).view(offset.shape),
+        }
+        if isinstance(self._spec, QwenVisionSpec):
+            tables = zip(*(self._tables(*image.grid[1:]) for image in images), strict=True)
+            inputs[TowerInputs.COSINE], inputs[TowerInputs.SINE] = (torch.cat(parts) for parts in tables)
+        tokens = [image.tokens for image in images]
+        features = torch.empty((sum(tokens), self._hidden), dtype=self._dtype, device=self._device)
+        self._session.run(self._session.bind(inputs, {TowerInputs.FEATURES: features}))
+        return torch.split(features, tokens)
+
+    def _pixels(self, images: Sequence[TowerInput]) -> torch.Tensor:
+        """All pixels in one copy, and each image cut into patches there."""
+        pixels = self._to_device([image.pixels for image in images])
+        spec = self._spec
+        if isinstance(spec, SiglipSpec):
+            return pixels.view(-1, 3, spec.tile, spec.tile)
+        side, merge = spec.patch, spec.merge
+        patches = torch.empty_like(pixels).view(-1, 3 * side**2)
+        start = 0
+        for image in images:
+            rows, columns = image.grid[1] // merge, image.grid[2] // merge
+            stop = start + image.grid[1] * image.grid[2]
+            planes = pixels[start * 3 * side**2 : stop * 3 * side**2].view(3, rows, merge, side, columns, merge, side)
+            cut = patches[start:stop].view(rows, columns, merge, merge, 3, side, side)
+            cut.copy_(planes.permute(1, 4, 2, 5, 0, 3, 6))
+            start = stop
+        return patches
+
+    def _rotary_tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(self._spec, QwenVisionSpec)
+        cosine, sine = (self._to_device([table]) for table in vision_rotary(self._spec, height, width))
+        half = self._spec.hidden // self._spec.heads // 2
+        return cosine.view(-1, half).to(self._table_dtype), sine.view(-1, half).to(self._table_dtype)
+
+    def _to_device(self, arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
+        """Flat, one after the other, through page-locked memory, which torch keeps until the copy is done."""
+        size = sum(array.size for array in arrays)
+        dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+        host = torch.empty(size, dtype=dtype, pin_memory=self._device.type == "cuda")
+        np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy())
+        return host.to(self._device, non_blocking=True)
+
+
+def _sequences(spec: SiglipSpec | QwenVisionSpec, image: TowerInput) -> list[int]:
+    """How many patches each sequence of the image has: a tile attends to itself, as a whole image does."""
+    if isinstance(spec, SiglipSpec):
+        return [(spec.tile // spec.patch) ** 2] * len(image.pixels)
+    return [image.grid[1] * image.grid[2]]
+
+
+def packing(lengths: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """TowerInputs.STARTS [B + 1] and OFFSET [B, longest] of sequences of these lengths."""
+    sizes = np.asarray(lengths, np.int32)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    longest = int(sizes.max())
+    places = np.arange(len(sizes) * longest, dtype=np.int32).reshape(len(sizes), longest)
+    real = np.arange(longest) < sizes[:, None]
+    return starts, np.concatenate([places[real], places[~real]]).reshape(places.shape)

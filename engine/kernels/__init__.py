@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only where torch.device is CUDA, or where Triton interprets them."""

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("onnxruntime-gpu", "transformers", "numpy", "dify_plugin")
+PACKAGES = ("onnxruntime-gpu", "torch", "triton", "transformers", "numpy", "dify_plugin")
 
 
 def card() -> dict[str, str]:
-    """Chip, cores, and the versions of what does the work."""
+    """Chips, cores, and the versions of what does the work."""
     facts = {"chip": _chip(), "cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()}
-    return facts | {name: version(name) for name in PACKAGES}
+    if names := _query_gpus("name"):
+        driver = (_query_gpus("driver_version") or ["?"])[0]
+        facts |= {"gpu": ", ".join(names), "driver": driver}
+    return facts | {name: found for name in PACKAGES if (found := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def peak_memory(pid: int) -> dict[str, int]:
@@ -26,6 +37,27 @@ def peak_memory(pid: int) -> dict[str, int]:
         name = words[words.index("-m") + 1] if "-m" in words else Path(words[0]).name
         peaks[name] = peaks.get(name, 0) + peak // 1024
     return peaks
+
+
+def resident_mib(pid: int | str = "self") -> int:
+    """Resident memory of a process now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) // 1024
+
+
+def gpu_mib() -> list[int] | None:
+    """Memory in use on each GPU, by all processes; None without a driver."""
+    rows = _query_gpus("memory.used")
+    return None if rows is None else [int(row) for row in rows]
+
+
+def _query_gpus(field: str) -> list[str] | None:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[:-1]
 
 
 def _descendants(pid: int) -> list[int]:

@@ -10,47 +10,53 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sqlite3
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cli.benches import options
+from cli.benches.report import Report, Row
 from cli.daemon import Daemon
 from cli.measured import Measured, ask, distribution, errors
-from cli.settings import settings_from
-from cli.traffic import Size, TrafficRequest, traffic
+from cli.settings import add_device_settings, settings_from
+from cli.traffic import TrafficRequest, traffic
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 3  # requests of their own, which load the model
 SETTLE_S = 30.0  # for the last write to reach the disk before the first process is killed
 
 
-def rows(arguments: argparse.Namespace, size: Size) -> Iterator[dict[str, Any]]:
-    """One row per precision."""
-    count = arguments.requests or 50
+COLUMNS = (
+    ("from disk ms", "from_disk_ms.median"),
+    ("first s", "first_answer_s"),
+    ("new image TTFT", "new_ttft_ms.median"),
+    ("seen TTFT", "seen_ttft_ms.median"),
+    ("ratio", "ttft_ratio"),
+    ("failed", "failed"),
+    ("misses", "misses"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_device_settings(parser)
+    options.add_traffic(parser)
+    parser.set_defaults(image_size=(1280, 960))
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    """One row per precision; milliseconds from the request's line on stdin to the line on stdout."""
+    count, rows = arguments.requests or 50, list[Row]()
     for precision in ("int8", "fp32"):
         with tempfile.TemporaryDirectory(prefix="tessera-bench-") as storage:
             settings = settings_from(arguments) | {"storage": storage, "precision": precision}
-            yield {"row": precision, **_measure(arguments, settings, count, size)}
+            rows.append({"row": precision, **_measure(arguments, settings, count)})
+    return Report(rows)
 
 
-def print_table(measured: Sequence[dict[str, Any]]) -> None:
-    """Medians; milliseconds from the request's line on stdin to the line on stdout."""
-    header = ("", "from disk ms", "first s", "new image TTFT", "seen TTFT", "ratio", "failed", "misses")
-    print(("{:<8}" + "{:>16}" * 7).format(*header))
-    for row in measured:
-        if row["failed"]:
-            print(f"{row['row']:<8}  failed: {row['errors']}", file=sys.stderr)
-        medians = [(row[name] or {"median": 0.0})["median"] for name in ("from_disk_ms", "new_ttft_ms", "seen_ttft_ms")]
-        figures = [medians[0], row["first_answer_s"], *medians[1:], row["ttft_ratio"], row["failed"], row["misses"]]
-        print(("{:<8}" + "{:>16}" * 7).format(row["row"], *map(str, figures)))
-
-
-def _measure(arguments: argparse.Namespace, settings: dict[str, str], count: int, size: Size) -> dict[str, Any]:
-    model, seed = arguments.model, arguments.seed
+def _measure(arguments: argparse.Namespace, settings: dict[str, str], count: int) -> Row:
+    model, seed, size = arguments.model, arguments.seed, arguments.image_size
     parameters = {"max_tokens": arguments.output_tokens, "temperature": 0.0}
     known, new = traffic(count, size=size, seed=seed), traffic(count, size=size, seed=seed + 1)
     with Daemon(ROOT, credentials=settings) as daemon:

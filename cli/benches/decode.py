@@ -1,0 +1,133 @@
+"""`bench decode`: what a step takes while exactly B sequences decode, scheduling and sampling included."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from cli.benches import limits, options, profile
+from cli.benches.in_process import Bench, Work, cancel, open_bench, storage_folder, submit
+from cli.benches.report import Report, Row, attempt
+from cli.measured import distribution
+from engine.request import SamplingParams
+from engine.stats import StepRecord
+
+WARM_UP = 8  # steps at full batch before the measured ones: graphs are captured, clocks go up
+MIXED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 50},
+    {"temperature": 0.8, "min_p": 0.05, "seed": 7},
+    {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1},
+    {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    {"repetition_penalty": 1.2},
+    {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02, "frequency_penalty": 0.2, "seed": 11},
+)
+
+
+COLUMNS = (
+    ("context", "context"),
+    ("step p50 ms", "step_ms.median"),
+    ("p99", "step_ms.p99"),
+    ("host p50", "host_ms.median"),
+    ("device p50", "device_ms.median"),
+    ("tok/s", "tokens_per_s"),
+    ("limit ms", "limit_ms"),
+    ("share", "share"),
+    ("kernels/wall", "profile.kernel_share"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_engine(parser)
+    options.add_steps(parser)
+    parser.add_argument("--steps", type=int, default=64, help="steps per row (default: 64)")
+    parser.add_argument("--sampling", choices=["greedy", "mixed"], default="greedy")
+    parser.add_argument("--profile", action="store_true", help="trace kernels (CUDA) after each row's timed steps")
+    parser.add_argument("--rival", choices=["transformers"], help="measure the same work with another engine as well")
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    """One row per batch size, the weights loaded once."""
+    (context,) = arguments.context
+    room = context + 2 * (arguments.steps + WARM_UP) + 64
+    settings = {"prefill_chunk": arguments.prefill_chunk}
+    part = options.decoder_part(arguments)
+    with storage_folder(arguments) as storage:
+        with open_bench(arguments, storage, part, settings, room, max(arguments.batch)) as bench:
+            rates = limits.measure_rates(bench.device, bench.model.artifact.precision)
+            rows = [attempt(f"B={b}", partial(_measure, arguments, bench, rates, b)) for b in arguments.batch]
+            report = Report(rows, bench.card() | rates.card())
+            folder = bench.model.folder
+        if arguments.rival:  # after the engine has given its memory back
+            from cli.benches import rival  # imports torch
+
+            report.rows.extend(rival.rows(arguments, folder, report.card))
+    return report
+
+
+def _measure(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batch: int) -> Row:
+    bench.steps.records.clear()
+    work: list[Work] = []
+    wanted = WARM_UP + arguments.steps
+    try:
+        for text, sampling in zip(_prompts(arguments, bench, batch), _sampling(arguments, batch), strict=True):
+            work.append(submit(bench.engine, bench.model.name, text, sampling))
+        records = bench.steps.wait(lambda seen: len(steady(seen, batch)) >= wanted, work)
+        traced = {"profile": profile.trace_steps(bench.steps, work)} if arguments.profile else {}
+    finally:
+        cancel(bench.engine, work)
+    return summary(bench, rates, batch, steady(records, batch)[WARM_UP:wanted]) | traced
+
+
+def steady(records: Sequence[StepRecord], batch: int) -> list[tuple[float, StepRecord]]:
+    """Steps in which `batch` sequences decoded and nothing else ran, after such a step: seconds between the two."""
+    pairs = itertools.pairwise(records)
+    return [(b.finished_s - a.finished_s, b) for a, b in pairs if _only_decodes(a, batch) and _only_decodes(b, batch)]
+
+
+def _only_decodes(record: StepRecord, batch: int) -> bool:
+    return record.decode_rows == batch and not record.prefill_tokens and not record.images
+
+
+def summary(
+    bench: Bench, rates: limits.Rates, batch: int, measured: Sequence[tuple[float, StepRecord]]
+) -> dict[str, Any]:
+    """Times in milliseconds; `share` is the part of the physical limit that the median step reached."""
+    times, records = [time for time, _ in measured], [record for _, record in measured]
+    step = distribution(times)
+    assert step is not None, "at least one step is measured"
+    context = sum(record.context_tokens for record in records) // len(records)
+    cost = limits.decode_cost(bench.model.artifact, batch, context, bench.kv_bytes_per_token)
+    device = [record.device_s for record in records if record.device_s is not None]
+    return {
+        "batch": batch,
+        "context": round(context / batch),
+        "steps": len(measured),
+        "step_ms": step,
+        "host_ms": distribution([record.host_s for record in records]),
+        "device_ms": distribution(device),
+        "tokens_per_s": round(1e3 * batch / step["median"], 1),
+        **cost.against(rates, step["median"] / 1e3),
+    }
+
+
+def _prompts(arguments: argparse.Namespace, bench: Bench, batch: int) -> Iterator[str]:
+    """Prompts such that all sequences have about `context` tokens half-way through the measured steps: the first ones
+    decode while the others' prompts are computed, so they start shorter."""
+    (context,) = arguments.context
+    half = WARM_UP + arguments.steps // 2
+    for number in range(batch):
+        ahead = math.ceil((batch - 1 - number) * context / arguments.prefill_chunk)
+        yield bench.prompts.text(max(bench.prompts.shortest, context - half - ahead))
+
+
+def _sampling(arguments: argparse.Namespace, batch: int) -> Iterator[SamplingParams]:
+    """All of a row's requests outlive its measurement."""
+    kinds = MIXED if arguments.sampling == "mixed" else ({},)
+    for number in range(batch):
+        yield SamplingParams(**kinds[number % len(kinds)], max_tokens=1 << 20, ignore_eos=True)

@@ -1,0 +1,208 @@
+"""An engine in this process, driven through its own interface, and what its step loop reports."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import string
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cli.benches.report import BenchError
+from cli.benches.shapes import BUNDLED, Part
+from cli.machine import resident_mib
+from cli.settings import settings_from
+from engine.catalog import find_checkpoint
+from engine.checkpoints import Checkpoint
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import Cancelled, EngineError
+from engine.model import Model
+from engine.request import Chunk, Event, Finished, Message, Request, SamplingParams, Text
+from engine.spec import DecoderSpec
+from engine.stats import StepRecord
+from engine.stream import Stream
+
+TIMEOUT_S = 300.0  # of one row
+_POLL_S = 0.02
+_LETTERS = string.ascii_lowercase + " "
+
+
+class StepLog:
+    """Every step's record, in order. `append` costs the step loop nothing that shows; whoever waits looks now and
+    then instead of being woken for each step."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def __call__(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def wait(
+        self, enough: Callable[[Sequence[StepRecord]], bool], work: Sequence[Work], timeout_s: float = TIMEOUT_S
+    ) -> list[StepRecord]:
+        """Raises BenchError when a piece of work failed or ended too early, or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while not enough(records := self.records.copy()):
+            if ended := next((one for one in work if one.ended is not None), None):
+                raise BenchError(f"a request ended before its steps were measured: {ended.ended}")
+            if time.monotonic() > deadline:
+                raise BenchError(f"not enough steps within {timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+        return records
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One request under way; called with its events on the engine's threads."""
+
+    tokens: int = 0
+    ended: Finished | EngineError | None = None
+    first_at: float = 0.0  # time.perf_counter() of the first token
+    over: threading.Event = field(default_factory=threading.Event)
+    stream: Stream | None = None
+
+    def __call__(self, event: Event | EngineError) -> None:
+        if isinstance(event, Chunk):
+            self.first_at = self.first_at or time.perf_counter()
+            self.tokens += event.tokens
+            return
+        self.ended = event
+        self.over.set()
+
+
+def submit(engine: Engine, model: str, text: str, sampling: SamplingParams) -> Work:
+    work = Work()
+    work.stream = engine.submit(Request(model, (Message("user", (Text(text),)),), sampling), work)
+    return work
+
+
+def finish(work: Sequence[Work], timeout_s: float = TIMEOUT_S) -> None:
+    """Wait for all. Raises BenchError for one that failed, or did not end in time."""
+    deadline = time.monotonic() + timeout_s
+    for one in work:
+        if not one.over.wait(max(0.0, deadline - time.monotonic())):
+            raise BenchError(f"a request did not end within {timeout_s:.0f} s")
+        if isinstance(one.ended, EngineError) and not isinstance(one.ended, Cancelled):
+            raise BenchError(f"a request failed: {one.ended}")
+
+
+def cancel(engine: Engine, work: Sequence[Work]) -> None:
+    """End all requests and wait until their memory is free again."""
+    for one in work:
+        if one.stream is not None:
+            one.stream.cancel()
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(model["running"] or model["waiting"] for model in engine.status()["models"].values()):
+        if time.monotonic() > deadline:
+            raise BenchError("cancelled requests still run")
+        time.sleep(_POLL_S)
+
+
+class Prompts:
+    """Texts of a given number of tokens, each new. The shapes' tokenizers and the demo's make a token of each byte."""
+
+    def __init__(self, engine: Engine, model: str, seed: int = 0) -> None:
+        self.shortest = engine.count_tokens(model, (Message("user", (Text("?"),)),))  # the chat template, mostly
+        self._random = random.Random(seed)
+
+    def text(self, tokens: int) -> str:
+        """Raises BenchError for fewer tokens than the chat template has by itself."""
+        if tokens < self.shortest:
+            raise BenchError(f"the chat template alone is {self.shortest} tokens; ask for more context than {tokens}")
+        return "".join(self._random.choices(_LETTERS, k=tokens - self.shortest)) + "?"
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A loaded model and its engine."""
+
+    engine: Engine
+    model: Model
+    steps: StepLog
+    prompts: Prompts
+
+    @property
+    def device(self) -> str:
+        """Where the model is: cpu, or cuda:0."""
+        return str(self._status.get("device", "cpu"))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes, as the engine accounts for them (engine/stats.py, ModelMemory)."""
+        memory: dict[str, int] = self._status.get("memory", {})
+        return memory
+
+    @property
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = self.engine.status()["models"][self.model.name]
+        return status
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.memory.get("kv_per_token", self.model.artifact.spec.decoder.kv_bytes_per_token)
+
+    def card(self) -> dict[str, Any]:
+        artifact = self.model.artifact
+        return {
+            "model": self.model.name,
+            "family": artifact.spec.family,
+            "device": self.device,
+            "precision": artifact.precision,
+            "weight_bytes": artifact.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "memory": self.memory,
+            "host_rss_mib": resident_mib(),
+        }
+
+
+@contextlib.contextmanager
+def storage_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The folder of --storage, which keeps checkpoints for the next call, or one that goes away."""
+    if arguments.storage:
+        yield arguments.storage.expanduser().absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="tessera-bench-") as folder:
+        yield Path(folder)
+
+
+def ensure_model(shape: str, part: Part, storage: Path) -> str:
+    """As `ensure_checkpoint`, without torch for the bundled model."""
+    if shape == BUNDLED:
+        return BUNDLED
+    from cli.benches.checkpoint import ensure_checkpoint
+
+    return ensure_checkpoint(shape, part, storage)
+
+
+@contextlib.contextmanager
+def open_bench(
+    arguments: argparse.Namespace, storage: Path, part: Part, settings: dict[str, Any], context: int, batch: int
+) -> Iterator[Bench]:
+    """An engine with the shape loaded, caches off, and room for `batch` sequences of `context` tokens.
+
+    Raises EngineError.
+    """
+    name = ensure_model(arguments.shape, part, storage)
+    memory = kv_mib(decoder_spec(name, storage), context, batch)
+    values: dict[str, Any] = {"max_batch_size": batch, "kv_cache_mib": memory, **settings}
+    values |= {**settings_from(arguments), "storage": storage, "cache_enabled": False}
+    steps = StepLog()
+    config = EngineConfig.from_mapping(values)
+    with contextlib.closing(Engine(config, on_step=steps)) as engine:
+        yield Bench(engine, engine.load(name), steps, Prompts(engine, name, arguments.seed))
+
+
+def decoder_spec(model: str, storage: Path) -> DecoderSpec:
+    return Checkpoint.open(find_checkpoint(model, storage)).spec.decoder
+
+
+def kv_mib(decoder: DecoderSpec, context: int, batch: int) -> int:
+    """A CPU's budget, for keys and values in fp32; a little more than needed, so that no sequence is set back."""
+    return 16 + batch * (context + 32) * decoder.kv_bytes_per_token // 2**20

@@ -1,0 +1,172 @@
+"""`bench serve`: one configuration at several concurrencies, through Dify's protocol."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cli.benches import options
+from cli.benches.in_process import ensure_model, storage_folder
+from cli.benches.report import BenchError, Report, Row
+from cli.daemon import Daemon
+from cli.machine import gpu_mib, peak_memory
+from cli.measured import Measured, ask, summary
+from cli.settings import add_engine_settings, settings_from
+from cli.traffic import TrafficRequest, traffic
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN_BATCH = 32  # the setting's own default
+TRACE_S = 3.0
+TRACE_LIMIT_S = 60.0
+COLUMNS = (
+    ("req/s", "request_throughput"),
+    ("tok/s", "output_token_throughput"),
+    ("TTFT p50", "ttft_ms.median"),
+    ("p99", "ttft_ms.p99"),
+    ("TPOT p50", "tpot_ms.median"),
+    ("E2EL mean", "latency_ms.mean"),
+    ("p99 ms", "latency_ms.p99"),
+    ("hits", "cache_hits"),
+    ("MiB", "memory_mib.all"),
+    ("kernels/wall", "trace.kernel_share"),
+)
+Settings = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What every row of a bench sends. `storage` None: an empty folder for each row."""
+
+    model: str
+    requests: Sequence[TrafficRequest]
+    warm_up: Sequence[TrafficRequest]
+    output_tokens: int
+    storage: Path | None = None
+    trace: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--concurrency", type=options.integers, default="1,8,32", help="default: 1,8,32")
+    parser.add_argument("--cache", action="store_true", help="leave the answer cache on (default: off)")
+    parser.add_argument("--repeats", type=float, default=0.0, help="share of requests that repeat an earlier one")
+    parser.add_argument("--trace", action="store_true", help="kernel time over wall time, after the timed requests")
+    add_engine_settings(parser)
+    options.add_shaped_traffic(parser)
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    if arguments.trace and gpu_mib() is None:
+        raise BenchError("--trace traces kernels of a CUDA device; there is none")
+    settings = {"precision": "auto", **settings_from(arguments), "cache_enabled": str(arguments.cache).lower()}
+    with _load(arguments) as load:
+        rows = [
+            {"row": f"{concurrency} concurrent", **measure_row(load, settings, concurrency)}
+            for concurrency in arguments.concurrency
+        ]
+    return Report(rows, extra=ratios(rows))
+
+
+@contextlib.contextmanager
+def _load(arguments: argparse.Namespace) -> Iterator[Load]:
+    most = 2 * max(arguments.concurrency)
+    requests = shaped_traffic(arguments, arguments.requests or 480, arguments.repeats)
+    warm_up = shaped_traffic(arguments, most, seed=-1)
+    plain = (requests, warm_up, arguments.output_tokens)
+    if arguments.shape is None:
+        yield Load(arguments.model, *plain, trace=arguments.trace)
+        return
+    with storage_folder(arguments) as storage:
+        model = ensure_model(arguments.shape, "whole", storage)
+        yield Load(model, *plain, storage, arguments.trace)
+
+
+def shaped_traffic(
+    arguments: argparse.Namespace, count: int, repeats: float = 0.0, *, seed: int | None = None
+) -> list[TrafficRequest]:
+    """A shape's requests have photographs' worth of detail: how long a JPEG takes to decode depends on it."""
+    characters = arguments.prompt_tokens or (64 if arguments.shape else None)
+    return traffic(
+        count,
+        repeats=repeats,
+        size=arguments.image_size,
+        seed=arguments.seed if seed is None else seed,
+        form=arguments.image_format,
+        characters=characters,
+        detailed=arguments.shape is not None,
+    )
+
+
+def measure_row(load: Load, settings: Settings, concurrency: int) -> Row:
+    """Start the plugin, warm it up, send the requests, `concurrency` at a time."""
+    parameters = {"max_tokens": load.output_tokens, "ignore_eos": True, "temperature": 0.0}
+    settings = {"max_batch_size": str(max(PLAIN_BATCH, concurrency)), **settings}
+    with contextlib.ExitStack() as stack:
+        storage = load.storage or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-bench-")))
+        shutil.rmtree(storage / "cache", ignore_errors=True)
+        traces = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-trace-")))
+        env = {"TESSERA_TRACE": str(traces)} if load.trace else {}
+        credentials = {"max_waiting": "1024", **settings, "storage": str(storage)}
+        with Daemon(ROOT, credentials=credentials, env=env) as daemon:
+            drive(daemon, load.model, load.warm_up[: 2 * concurrency], parameters, concurrency)
+            measured = drive(daemon, load.model, load.requests, parameters, concurrency)
+            memory, device = peak_memory(daemon.pid), gpu_mib()
+            traced = {"trace": _trace(daemon, load, parameters, concurrency, traces)} if load.trace else {}
+        sizes = [path.stat().st_size for path in storage.glob("artifacts/*/weights.bin")]
+    memory["all"] = sum(memory.values())
+    result = {**settings, "concurrency": concurrency, **summary(measured), "memory_mib": memory, "gpu_mib": device}
+    return result | {"weight_bytes": sum(sizes)} | traced
+
+
+def drive(
+    daemon: Daemon, model: str, requests: Sequence[TrafficRequest], parameters: Mapping[str, Any], concurrency: int
+) -> list[Measured]:
+    """A closed loop: each of `concurrency` callers sends its next request when its last one is answered."""
+    remaining, lock, measured = iter(requests), threading.Lock(), list[Measured]()
+
+    def caller() -> None:
+        while True:
+            with lock:
+                request = next(remaining, None)
+            if request is None:
+                return
+            measured.append(ask(daemon, model, request.messages(), parameters))
+
+    callers = [threading.Thread(target=caller) for _ in range(concurrency)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    return measured
+
+
+def _trace(daemon: Daemon, load: Load, parameters: Mapping[str, Any], concurrency: int, folder: Path) -> dict[str, Any]:
+    """The same load again, unmeasured, while the engine's process traces its kernels (engine/runtime/cuda/trace.py)."""
+    deadline, found = time.monotonic() + TRACE_LIMIT_S, folder / "trace.json"
+    (folder / "seconds").write_text(str(TRACE_S))
+    while not found.exists() and time.monotonic() < deadline:
+        drive(daemon, load.model, load.requests[: 4 * concurrency], parameters, concurrency)
+    if not found.exists():
+        raise BenchError(f"the engine's process wrote no trace within {TRACE_LIMIT_S:.0f} s; its stderr says why")
+    times: dict[str, Any] = json.loads(found.read_text())
+    return times
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, Any]:
+    """The last row against the first: how many times the throughput, and, at the same load, how many times less."""
+    if len(rows) < 2 or not all(row["requests"] for row in rows):
+        return {}
+    first, last = rows[0], rows[-1]
+    found = {"throughput": last["output_token_throughput"] / first["output_token_throughput"]}
+    if first["concurrency"] == last["concurrency"]:
+        found["mean_latency"] = first["latency_ms"]["mean"] / last["latency_ms"]["mean"]
+        found["weight_bytes"] = first["weight_bytes"] / last["weight_bytes"]
+    return {"ratios": {name: round(ratio, 2) for name, ratio in found.items()}}

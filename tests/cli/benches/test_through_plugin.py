@@ -1,0 +1,34 @@
+"""Benches that start the plugin or its engine's process, on the demo model and a tiny shape, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.__main__ import main
+from tests.cli.benches.conftest import Bench
+
+
+def test_ttft_of_a_shape_goes_through_the_plugin(tiny: Path, bench: Bench) -> None:
+    words = ["--shape", "tiny", "--device", "cpu", "--requests", "2", "--output-tokens", "3", "--storage", str(tiny)]
+    new, known = bench("ttft", *words, "--image-size", "96x64")["rows"]
+    assert (new["requests"], new["failed"], known["requests"], known["failed"]) == (2, 0, 2, 0)
+    assert new["prompt_tokens"] == known["prompt_tokens"] > 64 + 16
+
+
+def test_serve_of_a_shape_asks_for_the_tokens_it_was_told(tiny: Path, bench: Bench) -> None:
+    words = ["--shape", "tiny", "--device", "cpu", "--requests", "4", "--concurrency", "2", "--storage", str(tiny)]
+    (row,) = bench("serve", *words, "--output-tokens", "5", "--prompt-tokens", "128")["rows"]
+    assert (row["requests"], row["failed"], row["output_tokens"]) == (4, 0, 20)
+    assert row["input_tokens"] > 4 * 128
+
+
+def test_a_short_soak_ends_every_stream_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--minutes", "0.06", "--concurrency", "4", "--prompt-tokens", "60"]
+    main(["bench", "soak", *words, "--output-tokens", "30", "--json"])  # 1 if memory still fills up in so short a run
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["streams"] > 4
+    assert set(row["wrong"]) <= {"host memory grows"}
+    assert row["samples"]

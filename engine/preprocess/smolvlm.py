@@ -53,9 +53,11 @@ class SmolVLMProcessor:
         rows, columns = self._grid(*image.size)
         pixels = np.empty((rows * columns + 1, 3, self._tile, self._tile), np.uint8)
         whole = image.resize((self._tile, self._tile), self._resample)
-        for channel, (tiled, small) in enumerate(zip(image.split(), whole.split(), strict=True)):
-            pixels[:-1, channel] = _tiles(np.asarray(tiled), rows, columns, self._tile)
-            pixels[-1, channel] = np.asarray(small)
+        for channel, band in enumerate(whole.split()):
+            pixels[-1, channel] = np.asarray(band)
+        if rows:
+            for channel, band in enumerate(image.split()):
+                pixels[:-1, channel] = _tiles(np.asarray(band), rows, columns, self._tile)
         tokens = (rows * columns + 1) * self._tokens_per_tile
         return ImageInput(pixels, (1, rows, columns), tokens, self.key(data))
 
@@ -122,6 +124,4 @@ def _below(width: int, height: int, limit: int) -> tuple[int, int]:
 
 def _tiles(channel: NDArray[np.uint8], rows: int, columns: int, tile: int) -> NDArray[np.uint8]:
     """[rows * tile, columns * tile] to [rows * columns, tile, tile]."""
-    if not rows:
-        return np.empty((0, tile, tile), np.uint8)
     return channel.reshape(rows, tile, columns, tile).swapaxes(1, 2).reshape(-1, tile, tile)

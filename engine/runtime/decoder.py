@@ -59,18 +59,19 @@ class Decoder:
         if not (count and start >= 0 and start + count <= self.context_length):
             raise ValueError(f"places {start} to {start + count} of a row of {self.context_length}")
         replaced = np.flatnonzero(feature_index >= 0)
+        ids = token_ids.astype(np.int64)
+        ids[replaced] = 0
         # Attention takes queries in blocks of an even number, and a block that ends up with one query sums in another
-        # order than the rest. An even count leaves no such block. The extra token lands behind the chunk, where the
-        # next one will overwrite it.
-        padding = count % 2
-        tokens = np.pad(np.where(feature_index >= 0, 0, token_ids).astype(np.int64), (0, padding))
+        # order than the rest. An even count leaves no such block. The last token is given once more; that lands behind
+        # the chunk, where the next one will overwrite it.
+        given = np.minimum(np.arange(count + count % 2), count - 1)
         binding = self._binding(row, 1)
         binding.prefill(
-            tokens,
+            ids[given],
             replaced,
             np.ascontiguousarray(features[feature_index[replaced]], np.float32),
-            np.pad(positions.astype(np.int64), ((0, 0), (0, padding)), mode="edge"),
-            start + len(tokens) - 1,
+            np.take(positions, given, axis=1),
+            start + len(given) - 1,
         )
         result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
         self._lengths[row] = start + count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from engine.graphs.builder import GraphBuilder
@@ -14,6 +15,9 @@ def siglip_graph(dialect: TowerDialect, spec: SiglipSpec, pixels: ir.Value) -> i
     """uint8 [tiles, 3, tile, tile] to [tiles * tokens_per_tile, hidden of the decoder]."""
     builder = dialect.builder
     side, patch = spec.tile // spec.patch, spec.patch
+    if spec.tile % patch:  # what fills no patch is left out, as the reference's convolution does
+        start, end, axes = ([0, 0], [side * patch] * 2, [2, 3])
+        pixels = builder.op("Slice", pixels, *(builder.constant(value, np.int64) for value in (start, end, axes)))
     patches = builder.reshape(pixels, -1, 3, side, patch, side, patch)
     patches = builder.op("Transpose", patches, perm=[0, 2, 4, 1, 3, 5])
     patches = builder.reshape(patches, -1, 3 * patch * patch)

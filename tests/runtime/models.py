@@ -65,7 +65,7 @@ def smolvlm(**text: Any) -> PreTrainedModel:
 def idefics3() -> PreTrainedModel:
     config = Idefics3Config(
         text_config={"model_type": "llama", **_text(num_key_value_heads=4)},
-        vision_config=_siglip() | {"image_size": 24},
+        vision_config=_siglip() | {"image_size": 26},
         image_token_id=IMAGE_TOKEN,
         scale_factor=3,
         tie_word_embeddings=False,

@@ -24,7 +24,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "max_batch_size": (1, 1024),
     "max_waiting": (0, 100_000),
     "kv_cache_mib": (1, 1 << 20),
-    "prefill_chunk": (16, 8192),
+    "prefill_chunk": (0, 8192),
     "max_image_megapixels": (0.001, 10_000),
     "max_images": (1, 10_000),
     "answer_cache_mib": (1, 1 << 20),
@@ -55,7 +55,7 @@ class EngineConfig:
     max_batch_size: int = 32  # sequences that decode together
     max_waiting: int = 256  # requests accepted beyond those
     kv_cache_mib: int = 1024  # on the CPU
-    prefill_chunk: int = 256  # tokens
+    prefill_chunk: int = 0  # tokens of prompts that one step computes; 0 = 256 on the CPU, 1024 on a GPU
     max_image_megapixels: float = 50.0
     max_images: int = 64  # per request
     cache_enabled: bool = True

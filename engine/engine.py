@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from engine.cache import Answer, AnswerCache, FeatureCache, answer_key, feature_key
 from engine.catalog import find_checkpoint, known_models
 from engine.config import EngineConfig
+from engine.device import resolve
 from engine.errors import (
     ContextOverflow,
     DeadlineExceeded,
@@ -34,32 +35,40 @@ from engine.loop import StepLoop
 from engine.model import Model, load_model
 from engine.preprocess import ImageInput, image_size
 from engine.prompts import Prompt
+from engine.replica import Replica
 from engine.request import Chunk, Finished, Image, Message, Request, Timings
 from engine.sampling import SamplerState
 from engine.scheduling.sequence import Sequence
+from engine.stats import OnStep
 from engine.storage import open_storage
 from engine.stream import OnEvent, Stream
 
 logger = logging.getLogger(__name__)
+CLOCK_S = 0.2  # how late an expired request may be noticed
 
 
 class Engine:
     """Raises StorageError when the storage folder cannot be used."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, on_step: OnStep | None = None) -> None:
         self.config = config
         open_storage(config.storage)
         self._answers, self._features = _open_caches(config)
+        self._on_step = on_step
         self._lock = threading.Lock()
-        self._open: set[Stream] = set()
+        self._open: dict[Stream, str] = {}  # and the model each is for
         self._models: dict[str, Future[Model]] = {}
+        self._last_used: dict[str, float] = {}
+        self._loops: list[StepLoop] = []  # one for each device, from the first load on
         self._jobs_lock = threading.Lock()
         self._jobs: dict[bytes, Job] = {}  # deterministic work under way, by answer key
         self._numbers = 0
         self._closing = False
         self._loader = ThreadPoolExecutor(1, "engine-load")
         self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
-        self._loop = StepLoop(housekeeping=self._expire, on_features=self._keep_features)
+        self._stopped = threading.Event()
+        self._clock = threading.Thread(target=self._run_clock, name="engine-clock", daemon=True)
+        self._clock.start()
 
     def submit(self, request: Request, on_event: OnEvent | None = None) -> Stream:
         """Accept a request. Raises at once: InvalidRequest, UnknownModel, QueueFull, EngineStopped.
@@ -81,7 +90,7 @@ class Engine:
                 raise QueueFull(
                     f"the queue is full ({self.config.max_waiting} waiting); try again or raise max_waiting"
                 )
-            self._open.add(stream)
+            self._open[stream] = request.model
         start = partial(self._prepare, request, stream, accepted)
         self._model(request.model).add_done_callback(lambda model: self._workers.submit(start, model))
         return stream
@@ -116,9 +125,12 @@ class Engine:
             streams = list(self._open)
         for stream in streams:
             stream.push(EngineStopped("the engine is shutting down"))
+        self._stopped.set()
+        self._clock.join()
         self._loader.shutdown(cancel_futures=True)
         self._workers.shutdown(cancel_futures=True)
-        self._loop.close()
+        for loop in self._loops:
+            loop.close()
         for cache in (self._answers, self._features):
             if cache is not None:
                 cache.close()
@@ -128,8 +140,18 @@ class Engine:
         with self._lock:
             future = self._models.get(name)
             if future is None or (future.done() and future.exception() is not None):
-                future = self._models[name] = self._loader.submit(load_model, name, self.config)
+                future = self._models[name] = self._loader.submit(self._load, name)
+            self._last_used[name] = time.monotonic()
             return future
+
+    def _load(self, name: str) -> Model:
+        """On the loader's thread, which is the only one that starts loops."""
+        devices = resolve(self.config)
+        if not self._loops:
+            on_features = None if self._features is None else self._keep_features
+            names = [f"cuda:{gpu.index}" for gpu in devices.gpus] or ["cpu"]
+            self._loops = [StepLoop(name, on_features=on_features, on_step=self._on_step) for name in names]
+        return load_model(name, self.config, devices, self._loops)
 
     def _prepare(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
         try:
@@ -160,7 +182,7 @@ class Engine:
             features = [self._known_features(model, layout.key) for layout in layouts]
             images = self._pixels(model, request, layouts, features)
             sampler = SamplerState(request.sampling, prompt.token_ids)
-            self._loop.add(model, Sequence(number, prompt, images, features, sampler, job))
+            model.add(Sequence(number, prompt, images, features, sampler, max_tokens, job))
         except EngineError as error:
             job.fail(error)
         except Exception:
@@ -172,7 +194,7 @@ class Engine:
         model: Model,
         request: Request,
         layouts: list[ImageInput],
-        features: list[NDArray[np.float32] | None],
+        features: list[NDArray[np.floating] | None],
     ) -> tuple[ImageInput, ...]:
         """The images as the tower takes them; those whose features are known stay without pixels."""
         return tuple(
@@ -184,7 +206,7 @@ class Engine:
         if not (self.config.cache_enabled and request.sampling.is_deterministic):
             return None
         keys = [span.key for span in prompt.image_spans]
-        return answer_key(model.artifact.digest, prompt.token_ids, keys, request.sampling)
+        return answer_key(model.numerics, prompt.token_ids, keys, request.sampling)
 
     def _new_job(
         self,
@@ -221,25 +243,49 @@ class Engine:
             self._jobs[key] = job
         return job
 
-    def _known_features(self, model: Model, key: bytes) -> NDArray[np.float32] | None:
-        return None if self._features is None else self._features.get(feature_key(key, model.artifact.digest))
+    def _known_features(self, model: Model, key: bytes) -> NDArray[np.floating] | None:
+        return None if self._features is None else self._features.get(feature_key(key, model.numerics))
 
-    def _keep_features(self, model: Model, key: bytes, features: NDArray[np.float32]) -> None:
-        if self._features is not None:
-            self._features.put(feature_key(key, model.artifact.digest), features)
+    def _keep_features(self, numerics: str, key: bytes, features: NDArray[np.floating]) -> None:
+        assert self._features is not None, "This is a bug: nobody asked for features."
+        self._features.put(feature_key(key, numerics), features)
+
+    def _run_clock(self) -> None:
+        while not self._stopped.wait(CLOCK_S):
+            self._expire()
+            self._unload_idle()
 
     def _expire(self) -> None:
-        """Called by the step loop between steps."""
         now = time.monotonic()
         with self._lock:
             expired = [stream for stream in self._open if stream.deadline <= now]
         for stream in expired:
             stream.push(DeadlineExceeded("the request did not finish within its time limit; raise it or ask for less"))
 
+    def _unload_idle(self) -> None:
+        """Give up models that nobody asked anything for long enough; the next request loads them again."""
+        if not self.config.idle_unload_minutes:
+            return
+        limit = time.monotonic() - 60 * self.config.idle_unload_minutes
+        with self._lock:
+            in_use = set(self._open.values())
+            idle = [name for name, used in self._last_used.items() if used < limit and name not in in_use]
+            futures = [self._models.pop(name) for name in idle if self._models[name].done()]
+            for name in idle:
+                if name not in self._models:
+                    del self._last_used[name]
+        for future in futures:
+            if not future.exception():
+                logger.info("unloading model %s, which nobody used for a while", future.result().name)
+                future.result().close()
+
     def _ended(self, stream: Stream) -> None:
         with self._lock:
-            self._open.discard(stream)
-        self._loop.on_stream_end()
+            name = self._open.pop(stream, None)
+            if name is not None:
+                self._last_used[name] = time.monotonic()
+        for loop in self._loops:
+            loop.on_stream_end()
 
 
 def _open_caches(config: EngineConfig) -> tuple[AnswerCache | None, FeatureCache | None]:
@@ -272,14 +318,22 @@ def _replay(answer: Answer, stream: Stream, accepted: float) -> None:
 
 
 def _model_status(model: Model) -> dict[str, Any]:
-    scheduler = model.scheduler
     return {
         "precision": model.artifact.precision,
         "weight_bytes": model.artifact.weight_bytes,
         "context_length": model.context_length,
+        "replicas": [_replica_status(replica) for replica, _ in model.replicas],
+    }
+
+
+def _replica_status(replica: Replica) -> dict[str, Any]:
+    scheduler = replica.scheduler
+    return {
+        "device": replica.device,
         "running": len(scheduler.running),
         "waiting": len(scheduler.waiting),
         "kv_blocks": scheduler.kv.blocks,
         "kv_blocks_used": scheduler.kv.used_blocks,
         "kv_blocks_indexed": scheduler.kv.indexed_blocks,
+        "memory": asdict(replica.runner.memory()),
     }

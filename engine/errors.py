@@ -8,7 +8,8 @@
     ├── InvalidConfig             the operator must change a setting
     ├── Overloaded                try again later
     │   ├── QueueFull
-    │   └── DeadlineExceeded
+    │   ├── DeadlineExceeded
+    │   └── DeviceOutOfMemory
     ├── ModelUnavailable          this model cannot run here
     │   ├── UnknownModel
     │   ├── CheckpointError
@@ -73,6 +74,10 @@ class QueueFull(Overloaded):
 
 class DeadlineExceeded(Overloaded):
     """The request did not finish within its time limit."""
+
+
+class DeviceOutOfMemory(Overloaded):
+    """A GPU has not enough memory left for this."""
 
 
 class ModelUnavailable(EngineError):

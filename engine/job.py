@@ -62,8 +62,10 @@ class Job:
             self._streams.append(stream)
             return True
 
-    def token(self, token: int, *, count: int, reused: int) -> bool:
-        """Take in output token number `count`; emit text, or the last event. True when the job is over."""
+    def token(self, token: int, *, count: int, reused: int) -> None:
+        """Take in output token number `count`; emit text, or the last event. A job that is over takes none."""
+        if self._ended:
+            return
         if self._first_token is None:
             self._first_token = time.monotonic()
         self._pending += 1
@@ -74,10 +76,12 @@ class Job:
             self._finish("stop", count, reused, flush=token in self.eos)
         elif count >= self.sampling.max_tokens:
             self._finish("length", count, reused, flush=True)
-        return self._ended
 
     def fail(self, error: EngineError) -> None:
+        """End every stream that is still open; a job that is over stays as it is."""
         with self._lock:
+            if self._ended:
+                return
             self._ended = True
             for stream in self._streams:
                 stream.push(error)

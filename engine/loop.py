@@ -1,58 +1,93 @@
-"""The step loop: one thread runs the decoders; beside it one more runs the vision towers."""
+"""The step loop: one thread for each device, and nobody else touches that device."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import Cancelled, EngineError, EngineStopped
+from engine.delivery import ChosenToken, Delivery, deliver
+from engine.errors import Cancelled, DeviceOutOfMemory, EngineError, EngineStopped
 from engine.job import Job
-from engine.model import Model
 from engine.preprocess import ImageInput
-from engine.sampling import NO_TOKEN, sample
-from engine.scheduling.scheduler import PrefillChunk, StepPlan
+from engine.replica import Replica, UnderWay
+from engine.sampling import NO_TOKEN
+from engine.scheduling.scheduler import StepPlan
 from engine.scheduling.sequence import Sequence
+from engine.stats import OnStep, StepRecord
 
 logger = logging.getLogger(__name__)
-IDLE_WAIT_S = 0.2  # how late an expired request may be noticed while nothing runs
+
+OnFeatures = Callable[[str, bytes, NDArray[np.floating]], None]
+"""Called with `Replica.numerics`, the image's key and its features."""
 
 
 class StepLoop:
-    """Takes in sequences, steps every model that has work, drops what nobody waits for any more.
+    """Takes in sequences, steps every replica that has work, drops what nobody waits for any more.
 
-    On a CPU the tower runs on a thread of its own: it takes as long as many steps, and the decoder leaves cores free.
-    `housekeeping` is called between steps, at least every IDLE_WAIT_S. `on_features` gets each image's key and features
-    once they are computed.
+    `on_features` gets each image's key and features once they are computed, `on_step` a record of each step. A device
+    that runs on while the host works gets its next step before the tokens of the last are read; events are then made on
+    a thread of their own.
     """
 
     def __init__(
-        self, *, housekeeping: Callable[[], None], on_features: Callable[[Model, bytes, NDArray[np.float32]], None]
+        self,
+        device: str,
+        *,
+        on_features: OnFeatures | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
-        self._housekeeping = housekeeping
+        self.device = device
         self._on_features = on_features
-        self._inbox: deque[tuple[Model, Sequence]] = deque()
-        self._encoded: deque[tuple[Model, list[ImageInput], Future[list[NDArray[np.float32]]]]] = deque()
-        self._encoder = ThreadPoolExecutor(1, "engine-encode")
-        self._models: list[Model] = []
+        self._on_step = on_step
+        self._inbox: deque[tuple[Replica, Sequence]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._encoded: deque[tuple[Replica, list[ImageInput], Future[list[Any]]]] = deque()
+        self._replicas: list[Replica] = []
         self._awake = threading.Condition()
         self._streams_ended = False  # since the last look for abandoned jobs
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+        self._delivery: Delivery | None = None
+        self._thread = threading.Thread(target=self._run, name=f"engine-step-{device}", daemon=True)
         self._thread.start()
 
-    def add(self, model: Model, sequence: Sequence) -> None:
+    def add(self, replica: Replica, sequence: Sequence) -> None:
         """From any thread."""
         with self._awake:
             if self._closing:
                 raise EngineStopped("the engine is shutting down")
-            self._inbox.append((model, sequence))
+            replica.load += 1
+            self._inbox.append((replica, sequence))
             self._awake.notify()
+
+    def call[T](self, function: Callable[[], T]) -> Future[T]:
+        """Run something on the device's thread, between steps. From any other thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001  whatever it is belongs to the caller
+                future.set_exception(error)
+
+        with self._awake:
+            if self._closing:
+                raise EngineStopped("the engine is shutting down")
+            self._calls.append(run)
+            self._awake.notify()
+        return future
+
+    def remove(self, replica: Replica) -> Future[None]:
+        """Give up a replica and its memory; requests that came in meanwhile fail."""
+        return self.call(partial(self._close_replica, replica))
 
     def on_stream_end(self) -> None:
         """A stream ended, perhaps the last one of its job. From any thread."""
@@ -71,25 +106,28 @@ class StepLoop:
         while not self._closing:
             self._take_in()
             self._drop_abandoned()
-            self._housekeeping()
-            worked = [self._step(model) for model in self._models]
+            worked = [self._step(replica) for replica in self._replicas]
             if not any(worked):
                 with self._awake:
-                    if not (self._inbox or self._encoded or self._closing):
-                        self._awake.wait(IDLE_WAIT_S)
-        self._encoder.shutdown(cancel_futures=True)
+                    if not (self._inbox or self._calls or self._encoded or self._streams_ended or self._closing):
+                        self._awake.wait()
         self._take_in()
-        for model in self._models:
-            self._fail(model, list(model.scheduler), EngineStopped("the engine is shutting down"))
+        for replica in list(self._replicas):
+            self._close_replica(replica)
+        if self._delivery is not None:
+            self._delivery.close()
 
     def _take_in(self) -> None:
         with self._awake:
+            calls, self._calls = self._calls, deque()
             arrived, self._inbox = self._inbox, deque()
             self._streams_ended |= bool(arrived)  # those of the new ones may have ended already
-        for model, sequence in arrived:
-            if model not in self._models:
-                self._models.append(model)
-            model.scheduler.add(sequence)
+        for call in calls:
+            call()
+        for replica, sequence in arrived:
+            if replica not in self._replicas:
+                self._replicas.append(replica)
+            replica.scheduler.add(sequence)
         while self._encoded:
             self._take_features(*self._encoded.popleft())
 
@@ -97,91 +135,124 @@ class StepLoop:
         if not self._streams_ended:
             return
         self._streams_ended = False
-        for model in self._models:
-            abandoned = [sequence for sequence in model.scheduler if _job(sequence).is_abandoned]
-            self._fail(model, abandoned, Cancelled("nobody waits for this request any more"))
+        for replica in self._replicas:
+            abandoned = [sequence for sequence in replica.scheduler if _job(sequence).is_abandoned]
+            self._fail(replica, abandoned, Cancelled("nobody waits for this request any more"))
 
-    def _step(self, model: Model) -> bool:
-        """Schedule, run, sample, commit. True when there was work."""
-        affected = list(model.scheduler)
-        try:
-            plan = model.scheduler.schedule()
-            affected = plan.sequences
-            self._encode(model, plan.images)
-            sampled, logits = self._forward(model, plan)
-            tokens = sample(logits, [sequence.sampler for sequence in sampled])
-        except Exception as error:
-            # Whatever a step dies of ends its sequences, never the loop.
-            logger.exception("a step of model %s failed", model.name)
-            self._fail(model, affected, EngineError(f"running the model failed: {error}"))
+    def _step(self, replica: Replica) -> bool:
+        """Schedule and launch a step, then read the tokens of the oldest one under way. True when there was work."""
+        started_s = time.perf_counter()
+        plan = replica.scheduler.schedule()
+        launched = self._launch(replica, plan, started_s)
+        if len(replica.under_way) > (replica.runner.lag if launched else 0):
+            self._finish(replica, replica.under_way.popleft(), started_s)
             return True
-        for sequence, token in zip(sampled, tokens.tolist(), strict=True):
-            try:
-                self._commit(model, sequence, token)
-            except Exception as error:  # text, stop words, caches: one request's own, so only that one ends
-                logger.exception("a token of model %s could not be delivered", model.name)
-                self._fail(model, [sequence], EngineError(f"continuing the answer failed: {error}"))
-        return bool(affected)
+        return bool(plan.sequences or plan.images)
 
-    def _encode(self, model: Model, images: list[ImageInput]) -> None:
+    def _launch(self, replica: Replica, plan: StepPlan, started_s: float) -> bool:
+        """Whatever a step dies of ends its sequences, never the loop."""
+        try:
+            self._encode(replica, plan.images)
+            if not plan.sequences:
+                return False
+            replica.under_way.append(UnderWay(plan, replica.runner.launch(plan), started_s))
+            return True
+        except DeviceOutOfMemory as error:
+            logger.warning("a step of model %s on %s ran out of memory", replica.name, replica.device)
+            if not replica.scheduler.relieve(plan):
+                self._fail(replica, plan.sequences, error)
+        except Exception as error:
+            logger.exception("a step of model %s failed", replica.name)
+            self._fail(replica, plan.sequences, EngineError(f"running the model failed: {error}"))
+        return False
+
+    def _finish(self, replica: Replica, step: UnderWay, turn_s: float) -> None:
+        """Read a step's tokens, and give them to their sequences and streams."""
+        waiting_s = time.perf_counter()
+        try:
+            tokens = step.result.tokens()
+        except Exception as error:
+            logger.exception("a step of model %s failed", replica.name)
+            self._fail(replica, step.plan.sequences, EngineError(f"running the model failed: {error}"))
+            return
+        waiting_s = time.perf_counter() - waiting_s
+        chosen = [
+            self._commit(replica, sequence, token)
+            for sequence, token in zip(step.result.sequences, tokens, strict=True)
+            if not sequence.ended  # cancelled, or over by a stop word, since the step was launched
+        ]
+        self._behind(replica, partial(deliver, [one for one in chosen if one is not None]))
+        if self._on_step is not None:
+            self._on_step(_record(replica, step, len(tokens), turn_s, waiting_s))
+
+    def _commit(self, replica: Replica, sequence: Sequence, token: int) -> ChosenToken | None:
+        sequence.pending -= 1
+        if token == NO_TOKEN:
+            error = EngineError("the model's output is not a number; its weights may be damaged")
+            self._fail(replica, [sequence], error)
+            return None
+        sequence.output.append(token)
+        if len(sequence.output) == 1:
+            replica.scheduler.kv.store(sequence)
+        job = _job(sequence)
+        if token in job.eos or len(sequence.output) >= sequence.max_tokens:
+            self._remove(replica, sequence)
+        return ChosenToken(job, token, len(sequence.output), sequence.reused)
+
+    def _behind(self, replica: Replica, work: Callable[[], None]) -> None:
+        """Now, or behind the loop's back where the device has its next step to work on."""
+        if not replica.runner.lag:
+            work()
+            return
+        if self._delivery is None:
+            self._delivery = Delivery(f"engine-deliver-{self.device}")
+        self._delivery(work)
+
+    def _encode(self, replica: Replica, images: list[ImageInput]) -> None:
         """Start the tower on a batch; the result comes back through the inbox."""
         if not images:
             return
-        assert model.encoder is not None, "This is a bug: images were accepted for a text-only model."
-        future = self._encoder.submit(model.encoder.encode, images)
-        future.add_done_callback(lambda done: self._on_encoded(model, images, done))
+        future = replica.runner.encode(images)
+        future.add_done_callback(lambda done: self._on_encoded(replica, images, done))
 
-    def _on_encoded(self, model: Model, images: list[ImageInput], done: Future[list[NDArray[np.float32]]]) -> None:
+    def _on_encoded(self, replica: Replica, images: list[ImageInput], done: Future[list[Any]]) -> None:
         with self._awake:
-            self._encoded.append((model, images, done))
+            self._encoded.append((replica, images, done))
             self._awake.notify()
 
-    def _take_features(self, model: Model, images: list[ImageInput], done: Future[list[NDArray[np.float32]]]) -> None:
+    def _take_features(self, replica: Replica, images: list[ImageInput], done: Future[list[Any]]) -> None:
         if done.cancelled():
             return
         if error := done.exception():
-            logger.error("encoding images for model %s failed", model.name, exc_info=error)
-            self._fail(model, model.scheduler.give_up_images(), EngineError(f"encoding the image failed: {error}"))
+            logger.error("encoding images for model %s failed", replica.name, exc_info=error)
+            failure = error if isinstance(error, EngineError) else EngineError(f"encoding the image failed: {error}")
+            self._fail(replica, replica.scheduler.give_up_images(), failure)
             return
         features = {image.key: array for image, array in zip(images, done.result(), strict=True)}
-        model.scheduler.deliver(features)
-        for key, array in features.items():
-            self._on_features(model, key, array)
+        replica.scheduler.deliver(features)
+        if self._on_features is not None:
+            for key, array in features.items():
+                copy = replica.runner.host_features(array)
+                self._behind(replica, partial(_keep, self._on_features, replica.numerics, key, copy))
 
-    def _forward(self, model: Model, plan: StepPlan) -> tuple[list[Sequence], NDArray[np.float32]]:
-        """Run all chunks and decoding rows; the sequences that get a token and their logits [n, vocab]."""
-        sampled: list[Sequence] = []
-        logits: list[NDArray[np.float32]] = [np.empty((0, model.artifact.spec.decoder.vocab), np.float32)]
-        for chunk in plan.prefill:
-            logits.append(_prefill(model, chunk))
-            sampled += [chunk.sequence] * chunk.gives_token
-        if plan.decode:
-            decoded = _decode(model, plan.decode)
-            current = [row for row, sequence in enumerate(plan.decode) if sequence.wants_token]
-            logits.append(decoded[current])
-            sampled += [plan.decode[row] for row in current]
-        stacked = np.concatenate(logits)
-        if endless := [row for row, sequence in enumerate(sampled) if _job(sequence).sampling.ignore_eos]:
-            spec = model.artifact.spec
-            eos = [token for token in spec.tokens.eos if token < spec.decoder.vocab]
-            stacked[np.ix_(endless, eos)] = -np.inf
-        return sampled, stacked
-
-    def _commit(self, model: Model, sequence: Sequence, token: int) -> None:
-        if token == NO_TOKEN:
-            self._fail(model, [sequence], EngineError("the model's output is not a number; its weights may be damaged"))
-            return
-        if not sequence.output:
-            model.scheduler.kv.store(sequence)
-        sequence.sampler.commit(token)
-        sequence.output.append(token)
-        if _job(sequence).token(token, count=len(sequence.output), reused=sequence.reused):
-            model.scheduler.remove(sequence)
-
-    def _fail(self, model: Model, sequences: list[Sequence], error: EngineError) -> None:
+    def _fail(self, replica: Replica, sequences: list[Sequence], error: EngineError) -> None:
         for sequence in sequences:
-            model.scheduler.remove(sequence)
+            self._remove(replica, sequence)
             _job(sequence).fail(error)
+
+    def _remove(self, replica: Replica, sequence: Sequence) -> None:
+        if sequence.ended:
+            return
+        replica.scheduler.remove(sequence)
+        with self._awake:
+            replica.load -= 1
+
+    def _close_replica(self, replica: Replica) -> None:
+        self._fail(replica, list(replica.scheduler), EngineStopped("the engine is shutting down"))
+        replica.under_way.clear()
+        if replica in self._replicas:
+            self._replicas.remove(replica)
+        replica.runner.close()
 
 
 def _job(sequence: Sequence) -> Job:
@@ -189,46 +260,21 @@ def _job(sequence: Sequence) -> Job:
     return sequence.owner
 
 
-def _prefill(model: Model, chunk: PrefillChunk) -> NDArray[np.float32]:
-    sequence, prompt, start, stop = chunk.sequence, chunk.sequence.prompt, chunk.start, chunk.stop
-    assert sequence.row is not None
-    features, index = _chunk_features(model, chunk)
-    logits = model.decoder.prefill(
-        sequence.row,
-        start,
-        prompt.token_ids[start:stop],
-        prompt.positions[:, start:stop],
-        features,
-        index,
-        logits=chunk.gives_token,
+def _keep(on_features: OnFeatures, numerics: str, key: bytes, copy: Callable[[], NDArray[np.floating]]) -> None:
+    on_features(numerics, key, copy())
+
+
+def _record(replica: Replica, step: UnderWay, tokens: int, turn_s: float, waiting_s: float) -> StepRecord:
+    finished_s = time.perf_counter()
+    plan = step.plan
+    return StepRecord(
+        model=replica.name,
+        started_s=step.started_s,
+        finished_s=finished_s,
+        host_s=finished_s - turn_s - waiting_s,
+        decode_rows=len(plan.decode),
+        context_tokens=sum(sequence.computed for sequence in plan.decode),
+        prefill_tokens=sum(chunk.stop - chunk.start for chunk in plan.prefill),
+        images=len(plan.images),
+        tokens_out=tokens,
     )
-    sequence.computed = stop
-    return logits
-
-
-def _chunk_features(model: Model, chunk: PrefillChunk) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features [n, hidden] of the images that the chunk touches (the others may not be computed at all), and the row
-    of each token in them, -1 for text."""
-    sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
-    index = sequence.prompt.feature_index[start:stop]
-    spans = sequence.prompt.image_spans
-    touched = [number for number, span in enumerate(spans) if span.start < stop and span.stop > start]
-    features = [array for number in touched if (array := sequence.features[number]) is not None]
-    if not features:
-        return np.empty((0, model.artifact.spec.decoder.hidden), np.float32), index
-    before = sum(image.tokens for image in sequence.images[: touched[0]])
-    return np.concatenate(features), np.where(index >= 0, index - before, -1)
-
-
-def _decode(model: Model, sequences: list[Sequence]) -> NDArray[np.float32]:
-    lengths = np.array([sequence.computed for sequence in sequences], np.int64)
-    positions = lengths + np.array([sequence.prompt.position_delta for sequence in sequences], np.int64)
-    logits = model.decoder.decode(
-        [sequence.row for sequence in sequences if sequence.row is not None],
-        np.array([sequence.next_token for sequence in sequences], np.int64),
-        np.broadcast_to(positions, (model.artifact.spec.decoder.rope.axes, len(sequences))),
-        lengths,
-    )
-    for sequence in sequences:
-        sequence.computed += 1
-    return logits

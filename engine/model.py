@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from engine import device
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
+from engine.device import Devices, resolve_precision
 from engine.errors import InvalidRequest
+from engine.loop import StepLoop
 from engine.preprocess import ImageInput, ImageProcessor, decode_image, image_processor, image_size
 from engine.prompts import PromptBuilder
+from engine.replica import Replica
 from engine.request import Image
-from engine.runtime import Decoder, Encoder
-from engine.scheduling.kv_cache import BLOCK, KVCache
-from engine.scheduling.scheduler import Scheduler
-from engine.spec import Precision
+from engine.runners.open_cpu import open_cpu
+from engine.scheduling.sequence import Sequence
 
-SMALL_MODEL_BYTES = 64 * 2**20
 _NO_PIXELS = np.empty((0,), np.uint8)
 
 
@@ -35,12 +34,25 @@ class Model:
     artifact: Artifact
     prompts: PromptBuilder
     images: ImageProcessor | None
-    decoder: Decoder
-    encoder: Encoder | None
-    scheduler: Scheduler
+    replicas: tuple[tuple[Replica, StepLoop], ...]
     context_length: int
 
-    def layouts(self, images: Sequence[Image], max_megapixels: float) -> list[ImageInput]:
+    @property
+    def numerics(self) -> str:
+        """Names weights and arithmetic, which are the same for all replicas."""
+        return self.replicas[0][0].numerics
+
+    def add(self, sequence: Sequence) -> None:
+        """Hand a sequence to the replica that has the least to do."""
+        replica, loop = min(self.replicas, key=lambda pair: pair[0].load)
+        loop.add(replica, sequence)
+
+    def close(self) -> None:
+        """Give up all replicas; nobody may use the model any more."""
+        for replica, loop in self.replicas:
+            loop.remove(replica)
+
+    def layouts(self, images: Ordered[Image], max_megapixels: float) -> list[ImageInput]:
         """What the images will be to the prompt: tokens, grid and key, from the headers alone; no pixels yet.
 
         Raises InvalidImage, for one over the limit too: whether it is refused must not depend on what is cached.
@@ -62,35 +74,30 @@ class Model:
         return self.images
 
 
-def resolve_precision(config: EngineConfig) -> Precision:
-    """Raises DeviceUnavailable when CUDA is asked for and cannot be had, InvalidConfig for a precision of GPUs only."""
-    if config.device.startswith("cuda"):
-        device.resolve(config)
-    return device.resolve_precision(config, device.Devices(), "float32")
+def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered[StepLoop]) -> Model:
+    """Convert if need be, open one replica on each loop's device, warm up; takes seconds.
 
-
-def _threads(artifact: Artifact) -> int:
-    """One core for a small model: its operators are over before a second thread has woken up to help."""
-    return 1 if artifact.weight_bytes < SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
-
-
-def load_model(name: str, config: EngineConfig) -> Model:
-    """Convert if need be, open and warm up. Raises ModelUnavailable's children or StorageError; takes seconds."""
+    Raises ModelUnavailable's children, StorageError, InvalidConfig or DeviceOutOfMemory.
+    """
     checkpoint = Checkpoint.open(find_checkpoint(name, config.storage))
-    artifact = open_artifact(checkpoint, resolve_precision(config), config.storage)
+    precision = resolve_precision(config, devices, checkpoint.spec.dtype)
+    artifact = open_artifact(checkpoint, precision, config.storage)
     spec = artifact.spec
-    blocks = config.kv_cache_mib * 2**20 // (spec.decoder.kv_bytes_per_token * BLOCK)
-    context_length = min(spec.decoder.context_length, blocks * BLOCK)
-    threads = config.threads or _threads(artifact)
-    decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
+    replicas = [loop.call(partial(_open_replica, name, artifact, config, loop)).result() for loop in loops]
     return Model(
         name=name,
         folder=checkpoint.folder,
         artifact=artifact,
         prompts=PromptBuilder(checkpoint.folder, spec),
         images=image_processor(checkpoint.folder, spec) if spec.vision else None,
-        decoder=decoder,
-        encoder=Encoder(artifact, threads=threads) if spec.vision else None,
-        scheduler=Scheduler(KVCache(decoder, blocks), prefill_chunk=config.prefill_chunk),
-        context_length=context_length,
+        replicas=tuple(zip(replicas, loops, strict=True)),
+        context_length=min(replica.context_length for replica in replicas),
     )
+
+
+def _open_replica(name: str, artifact: Artifact, config: EngineConfig, loop: StepLoop) -> Replica:
+    if loop.device == "cpu":
+        return open_cpu(name, artifact, config)
+    from engine.runners.open_cuda import open_cuda  # imports torch, which an engine on the CPU has no need of
+
+    return open_cuda(name, artifact, config, int(loop.device.removeprefix("cuda:")))

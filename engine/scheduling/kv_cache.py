@@ -66,6 +66,9 @@ class KVCache:
         for index, kv in enumerate(matched):
             self._memory.write_kv(row, index * BLOCK, kv)
         sequence.row, sequence.computed, sequence.reused = row, len(matched) * BLOCK, len(matched) * BLOCK
+        # After a set-back, output is computed by decode steps again, as it was the first time: prefill sums in another
+        # order, and the last bits would differ.
+        sequence.prefill_end = len(sequence.prompt.token_ids)
         return True
 
     def grow(self, sequence: Sequence) -> bool:

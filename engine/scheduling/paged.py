@@ -65,7 +65,7 @@ class PagedKVCache:
         self._owned[slot] = shared + [self._take() for _ in range(needed)]
         self.tables[slot, : len(self._owned[slot])] = self._owned[slot]
         sequence.row, sequence.computed = slot, len(shared) * self.block_size
-        sequence.reused = sequence.computed
+        sequence.reused, sequence.prefill_end = sequence.computed, sequence.length
         return True
 
     def grow(self, sequence: Sequence) -> bool:
@@ -96,7 +96,7 @@ class PagedKVCache:
         if sequence.row is None:
             return
         owned = self._owned[sequence.row]
-        known = min(sequence.computed, sequence.length) // self.block_size
+        known = min(sequence.computed, sequence.known) // self.block_size
         for block, digest in zip(owned, sequence.block_hashes(self.block_size)[:known], strict=False):
             if block not in self._digests and digest not in self._known:
                 self._digests[block] = digest

@@ -10,28 +10,79 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.preprocess import ImageInput
-from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.sequence import Sequence
 
-IMAGE_TOKENS = 64  # of one encoder batch: on a CPU a larger one only keeps the first image waiting for the last
+
+class KV(Protocol):
+    """Who may use how much KV memory: `KVCache` on a CPU, `PagedKVCache` on a device."""
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def used_blocks(self) -> int: ...
+
+    @property
+    def indexed_blocks(self) -> int: ...
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its row and blocks for all its tokens and the next, and say what prefill is left."""
+        ...
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make room for the token after the newest one; False when no block is left."""
+        ...
+
+    def free(self, sequence: Sequence) -> None:
+        """Take row and blocks back; harmless for a sequence that has none."""
+        ...
+
+    def store(self, sequence: Sequence) -> None:
+        """Make what is computed so far findable for later prompts that begin alike."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one step may take on.
+
+    `prefill_tokens` is the budget of prefill. With `aligned_chunks` chunks end at multiples of it, whatever else runs,
+    so that alone and batched compute the same pieces; without, they fill the budget. `image_tokens` bounds one encoder
+    batch: the images of a large one wait for each other.
+    """
+
+    prefill_tokens: int
+    image_tokens: int
+    aligned_chunks: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PrefillChunk:
-    """Tokens [start, stop) of a sequence's prompt; the last chunk's logits give the first output token."""
+    """Tokens [start, stop) of a sequence; `gives_token`: the logits of the last one choose the next token."""
 
     sequence: Sequence
     start: int
     stop: int
+    gives_token: bool
 
     @property
-    def gives_token(self) -> bool:
-        return self.stop == self.sequence.length
+    def images(self) -> list[int]:
+        """Numbers of the images that the chunk touches; the features of others may not be computed at all."""
+        spans = enumerate(self.sequence.prompt.image_spans)
+        return [number for number, span in spans if span.start < self.stop and span.stop > self.start]
+
+    def feature_index(self, first: int = 0) -> NDArray[np.int64]:
+        """[tokens]: the row of each token in the features of `images`, counted from `first`; -1 for text."""
+        index = self.sequence.prompt.feature_index[self.start : self.stop]
+        index = np.pad(index, (0, self.stop - self.start - len(index)), constant_values=-1)
+        before = sum(image.tokens for image in self.sequence.images[: self.images[0]]) if self.images else 0
+        return np.where(index >= 0, index - before + first, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +96,30 @@ class StepPlan:
         """Everybody who gets further by this step."""
         return [*self.decode, *(chunk.sequence for chunk in self.prefill)]
 
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Whose next token this step chooses: the rest have more that is known already to compute."""
+        decoding = [sequence for sequence in self.decode if sequence.computed + 1 == sequence.length]
+        return decoding + [chunk.sequence for chunk in self.prefill if chunk.gives_token]
+
+    def advance(self) -> None:
+        """The step is under way: count as computed what it computes, and as pending what it chooses."""
+        for sequence in self.sampled:
+            sequence.pending += 1
+        for sequence in self.decode:
+            sequence.computed += 1
+        for chunk in self.prefill:
+            chunk.sequence.computed = chunk.stop
+
 
 class Scheduler:
     """Waiting and running sequences of one model. Used by the step loop's thread only."""
 
-    def __init__(self, kv: KVCache, *, prefill_chunk: int) -> None:
+    def __init__(self, kv: KV, limits: StepLimits) -> None:
         self.kv = kv
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by age
-        self._chunk = prefill_chunk  # tokens; also a step's budget
+        self._limits = limits
         self._encoding: frozenset[bytes] = frozenset()  # keys of the images that are with the encoder
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -66,6 +132,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is and give its memory back."""
         self.kv.free(sequence)
+        sequence.ended = True
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -82,7 +149,7 @@ class Scheduler:
             self._plan_images(plan)
         return plan
 
-    def deliver(self, features: Mapping[bytes, NDArray[np.float32]]) -> None:
+    def deliver(self, features: Mapping[bytes, Any]) -> None:
         """Hand the images' features, by key, to every sequence that shows them; the encoder is free again."""
         self._encoding = frozenset()
         for sequence in self:
@@ -94,6 +161,13 @@ class Scheduler:
         """The encoder failed: the sequences that wait for the images it had."""
         keys, self._encoding = self._encoding, frozenset()
         return [sequence for sequence in self if any(image.key in keys for image in sequence.images)]
+
+    def relieve(self, plan: StepPlan) -> bool:
+        """The device could not hold what a step needs: set back all of it but the oldest. False if that is all."""
+        youngest = sorted(plan.sequences, key=lambda sequence: sequence.number)[1:]
+        for sequence in reversed(youngest):
+            self._set_back(sequence)
+        return bool(youngest)
 
     def _make_room(self) -> bool:
         """Let every decoding sequence grow by a token, oldest first, at the expense of the youngest running ones."""
@@ -111,33 +185,35 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _admit(self) -> None:
-        while self.waiting and self.kv.admit(self.waiting[0]):
+        while self.waiting and not self.waiting[0].pending and self.kv.admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
             self.running.sort(key=lambda sequence: sequence.number)
 
     def _plan_prefill(self, plan: StepPlan) -> None:
         """Chunks by age while the budget lasts; at least one."""
-        tokens = 0
+        budget = self._limits.prefill_tokens
         for sequence in self.running:
-            if sequence.is_decoding or sequence.missing_images():
+            if not sequence.is_prefilling or sequence.missing_images():
                 continue
-            stop = self._chunk_end(sequence)
-            if not tokens or tokens + stop - sequence.computed <= self._chunk:
-                plan.prefill.append(PrefillChunk(sequence, sequence.computed, stop))
-                tokens += stop - sequence.computed
+            stop = self._chunk_end(sequence, budget)
+            tokens = stop - sequence.computed
+            if tokens and (tokens <= budget or not plan.prefill):
+                plan.prefill.append(PrefillChunk(sequence, sequence.computed, stop, stop == sequence.length))
+                budget -= tokens
 
     def _plan_images(self, plan: StepPlan) -> None:
-        """Images by the age of who waits for them, up to IMAGE_TOKENS; at least one."""
+        """Images by the age of who waits for them, up to the limit; at least one."""
         chosen: dict[bytes, ImageInput] = {}
         tokens = 0
         for sequence in self.running:
             for image in (sequence.images[index] for index in sequence.missing_images()):
-                if image.key not in chosen and (not chosen or tokens + image.tokens <= IMAGE_TOKENS):
+                if image.key not in chosen and (not chosen or tokens + image.tokens <= self._limits.image_tokens):
                     chosen[image.key] = image
                     tokens += image.tokens
         plan.images.extend(chosen.values())
         self._encoding = frozenset(chosen)
 
-    def _chunk_end(self, sequence: Sequence) -> int:
-        """Chunks end at multiples of the chunk size, whatever else runs: alone and batched compute the same pieces."""
-        return min((sequence.computed // self._chunk + 1) * self._chunk, len(sequence.prompt.token_ids))
+    def _chunk_end(self, sequence: Sequence, budget: int) -> int:
+        size = self._limits.prefill_tokens
+        stop = (sequence.computed // size + 1) * size if self._limits.aligned_chunks else sequence.computed + budget
+        return min(stop, sequence.prefill_end)

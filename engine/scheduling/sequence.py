@@ -18,41 +18,52 @@ from engine.sampling import SamplerState
 class Sequence:
     """A prompt, its output so far, and how much of both is in the KV memory.
 
-    `number` grows with arrival: the youngest sequence has the highest. `row` is the KV row (None while waiting) and
-    `computed` the number of leading tokens whose keys and values are in it; both are set by the scheduler.
-    `features` holds one float32 [tokens, hidden] array per image, None until computed.
+    `number` grows with arrival: the youngest sequence has the highest. `row` is its place in the runner (None while
+    waiting) and `computed` the number of leading tokens whose keys and values are in the KV memory, or will be once the
+    steps under way are done. `pending` tokens were chosen by such steps and are not known yet. Prefill computes the
+    first `prefill_end` tokens, decode steps the rest. `features` holds what stands for each image, [tokens, hidden],
+    as the runner keeps it; None until computed.
     """
 
     number: int
     prompt: Prompt
     images: tuple[ImageInput, ...]
-    features: list[NDArray[np.float32] | None]
+    features: list[Any]
     sampler: SamplerState
+    max_tokens: int  # of output
     owner: Any = None  # the engine's record of the request; the scheduler never looks at it
     output: list[int] = field(default_factory=list)
+    pending: int = 0
     row: int | None = None
     computed: int = 0
+    prefill_end: int = 0
     reused: int = 0
+    ended: bool = False
     _hashes: list[bytes] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output."""
+        """Tokens of prompt and output, the pending ones included."""
+        return self.known + self.pending
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt and output whose ids the host has."""
         return len(self.prompt.token_ids) + len(self.output)
 
     @property
-    def is_decoding(self) -> bool:
-        """The prompt is in the KV memory, and the next token to compute is one of the output's.
-
-        After a set-back that is an early one: output is computed by decode steps again, as it was the first time,
-        because prefill sums in another order and the last bits would differ.
-        """
-        return bool(self.output) and self.computed >= len(self.prompt.token_ids)
+    def is_prefilling(self) -> bool:
+        return self.computed < self.prefill_end
 
     @property
-    def wants_token(self) -> bool:
-        """Everything is computed: the logits that came last choose the next token."""
-        return self.computed == self.length
+    def is_decoding(self) -> bool:
+        """What prefill computes is in the KV memory, and there is a next token to compute.
+
+        After a set-back that may be an early one of the output: see `Scheduler`. A sequence that will have all its
+        tokens once the steps under way are done is not decoding any more.
+        """
+        chosen = len(self.output) + self.pending
+        return not self.is_prefilling and self.computed < self.length and chosen < self.max_tokens
 
     @property
     def next_token(self) -> int:
@@ -65,6 +76,13 @@ class Sequence:
         output = np.asarray(self.output[max(0, start - len(prompt)) : max(0, stop - len(prompt))], np.int64)
         return np.concatenate([prompt[start:stop], output])
 
+    def positions(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rotary positions [axes, stop - start] of prompt and output together."""
+        prompt = self.prompt.positions[:, start:stop]
+        first = max(start, len(self.prompt.token_ids))
+        output = np.arange(first, max(first, stop)) + self.prompt.position_delta
+        return np.concatenate([prompt, np.broadcast_to(output, (len(prompt), len(output)))], axis=1)
+
     def missing_images(self) -> list[int]:
         """Images that tokens not yet computed stand for and whose features are not there."""
         spans = enumerate(self.prompt.image_spans)
@@ -72,7 +90,7 @@ class Sequence:
 
     def block_hashes(self, block: int) -> list[bytes]:
         """One digest per full block of tokens, each covering everything before it, images by content."""
-        full = self.length // block
+        full = self.known // block
         digest = self._hashes[-1] if self._hashes else b""
         for index in range(len(self._hashes), full):
             start, stop = index * block, (index + 1) * block
@@ -87,4 +105,4 @@ class Sequence:
 
     def set_back(self) -> None:
         """Forget the KV memory; prompt and output so far are computed again after the next admission."""
-        self.row, self.computed, self.reused = None, 0, 0
+        self.row, self.computed, self.prefill_end, self.reused = None, 0, 0, 0

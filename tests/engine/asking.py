@@ -18,6 +18,11 @@ from engine.stream import Stream
 WORDS = ["what", "shape", "is", "in", "the", "image", "red", "circle", "a", "blue", "read", "word", "colour"]
 
 
+def replica(engine: Engine, model: str) -> Any:
+    """What runs the model on the only device; tests look into it."""
+    return engine.load(model).replicas[0][0]
+
+
 @dataclass(slots=True)
 class Answer:
     """One request under way; `wait` returns it ended."""

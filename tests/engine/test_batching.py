@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
-from tests.engine.asking import ask, mixed_requests, picture, request
+from tests.engine.asking import ask, mixed_requests, picture, replica, request
 from tests.engine.conftest import Start
 
 SIZES = {
@@ -30,7 +30,7 @@ def together(engine: Engine, model: str, count: int) -> list[tuple[str, str, int
 def batch_sizes(engine: Engine, model: str) -> list[int]:
     """From now on, the rows of every decode call."""
     sizes: list[int] = []
-    decoder: Any = engine.load(model).decoder
+    decoder: Any = replica(engine, model).runner.decoder
     decode = decoder.decode
 
     def counted(rows: Sequence[int], *arguments: Any) -> Any:
@@ -81,7 +81,7 @@ def test_sequences_that_are_set_back_say_the_same(start: Start, caplog: pytest.L
     wide = start()
     expected = [ask(wide, question).wait().result for question in questions]
     tight = start(kv_cache_mib=1)  # 512 tokens of the demo: three sequences of 160
-    scheduler: Any = tight.load("demo").scheduler
+    scheduler: Any = replica(tight, "demo").scheduler
     set_back = []
     original = scheduler._set_back
 

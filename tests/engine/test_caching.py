@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
-from tests.engine.asking import ask, picture, request
+from tests.engine.asking import ask, picture, replica, request
 from tests.engine.conftest import Start
 
 
@@ -30,7 +30,7 @@ def cached(start: Start, tmp_path: Path) -> Engine:
 
 
 def test_identical_deterministic_requests_run_once(cached: Engine) -> None:
-    prefills = count_calls(cached.load("demo").decoder, "prefill")
+    prefills = count_calls(replica(cached, "demo").runner.decoder, "prefill")
     question = request(picture(1), "what shape is in the image?", max_tokens=60, ignore_eos=True)
     answers = [ask(cached, question) for _ in range(20)]
     assert len({answer.wait().result for answer in answers}) == 1
@@ -51,7 +51,7 @@ def test_an_answer_outlives_the_engine(start: Start, tmp_path: Path) -> None:
     expected = ask(first, question).wait().result
     first.close()
     second = start(storage=tmp_path, cache_enabled=True)
-    prefills = count_calls(second.load("demo").decoder, "prefill")
+    prefills = count_calls(replica(second, "demo").runner.decoder, "prefill")
     answer = ask(second, question).wait()
     assert answer.result == expected
     assert answer.finished is not None
@@ -90,7 +90,7 @@ def test_a_known_image_is_not_encoded_again_after_a_restart(start: Start, tmp_pa
     before = ask(first, request(picture(1), "what colour is it?")).wait().result
     first.close()
     second = start(storage=tmp_path, cache_enabled=True)
-    encoder = second.load("demo").encoder
+    encoder = replica(second, "demo").runner.tower
     encodes = count_calls(encoder, "encode")
     assert ask(second, request(picture(1), "which shape?", max_tokens=4)).wait().text
     assert not encodes
@@ -100,7 +100,7 @@ def test_a_known_image_is_not_encoded_again_after_a_restart(start: Start, tmp_pa
 
 def test_without_the_cache_nothing_is_written_or_shared(start: Start, tmp_path: Path) -> None:
     engine = start(storage=tmp_path, cache_enabled=False)
-    prefills = count_calls(engine.load("demo").decoder, "prefill")
+    prefills = count_calls(replica(engine, "demo").runner.decoder, "prefill")
     for _ in range(2):
         assert ask(engine, request(picture(1), "what shape?")).wait().text
     assert len(prefills) == 2

@@ -23,7 +23,7 @@ from engine.errors import (
     UnknownModel,
 )
 from engine.request import Image, Message, Request, SamplingParams, Text
-from tests.engine.asking import Answer, ask, picture, request
+from tests.engine.asking import Answer, ask, picture, replica, request
 from tests.engine.conftest import Start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def engine(start: Start) -> Engine:
 
 def slow_down(engine: Engine, seconds: float) -> None:
     """Every decode step takes at least this long."""
-    decoder: Any = engine.load("demo").decoder
+    decoder: Any = replica(engine, "demo").runner.decoder
     decode = decoder.decode
 
     def slow(*arguments: Any) -> Any:
@@ -170,7 +170,7 @@ def test_a_request_ends_at_its_deadline_and_frees_its_row(start: Start) -> None:
 
 
 def test_a_deadline_holds_while_the_model_loads(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(name: str, config: object) -> object:
+    def never(*arguments: object) -> object:
         time.sleep(1.5)
         raise CheckpointError("too late")
 
@@ -206,14 +206,14 @@ def test_a_cancelled_deterministic_request_is_forgotten(start: Start, tmp_path: 
 
 def assert_idle(engine: Engine) -> None:
     limit = time.monotonic() + 10
-    while (status := engine.status())["models"]["demo"]["running"] or status["open_requests"]:
+    while (status := engine.status())["models"]["demo"]["replicas"][0]["running"] or status["open_requests"]:
         assert time.monotonic() < limit, status
         time.sleep(0.01)
-    assert status["models"]["demo"]["kv_blocks_used"] == 0
+    assert status["models"]["demo"]["replicas"][0]["kv_blocks_used"] == 0
 
 
 def test_a_failing_step_ends_its_requests_and_the_next_one_works(engine: Engine) -> None:
-    decoder: Any = engine.load("demo").decoder
+    decoder: Any = replica(engine, "demo").runner.decoder
     decode = decoder.decode
 
     def failing(*arguments: Any) -> Any:
@@ -227,7 +227,7 @@ def test_a_failing_step_ends_its_requests_and_the_next_one_works(engine: Engine)
 
 
 def test_a_failing_encoder_ends_its_requests_and_the_next_one_works(engine: Engine) -> None:
-    encoder: Any = engine.load("demo").encoder
+    encoder: Any = replica(engine, "demo").runner.tower
     assert encoder is not None
     encode = encoder.encode
 
@@ -242,7 +242,7 @@ def test_a_failing_encoder_ends_its_requests_and_the_next_one_works(engine: Engi
 
 
 def test_output_that_is_no_number_is_an_error_of_that_request(engine: Engine) -> None:
-    decoder: Any = engine.load("demo").decoder
+    decoder: Any = replica(engine, "demo").runner.decoder
     prefill = decoder.prefill
 
     def broken(*arguments: Any, **options: Any) -> Any:

@@ -12,6 +12,8 @@ from engine.sampling import SamplerState
 from engine.scheduling.kv_cache import BLOCK
 from engine.scheduling.sequence import Sequence
 
+MAX_TOKENS = 1000
+
 
 class FakeMemory:
     """Remembers which tokens' KV each row holds: the value at a place is the token id computed there."""
@@ -59,7 +61,7 @@ def sequence(number: int, tokens: list[int] | int, images: list[tuple[int, Image
     )
     pictures = tuple(one for _, one in placed)
     state = SamplerState(SamplingParams(), prompt.token_ids)
-    return Sequence(number, prompt, pictures, [None] * len(pictures), state)
+    return Sequence(number, prompt, pictures, [None] * len(pictures), state, MAX_TOKENS)
 
 
 def blocks(tokens: int) -> int:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from engine.scheduling.kv_cache import BLOCK, KVCache
-from engine.scheduling.scheduler import IMAGE_TOKENS, Scheduler, StepPlan
+from engine.scheduling.scheduler import Scheduler, StepLimits, StepPlan
 from engine.scheduling.sequence import Sequence
 from tests.scheduling.fakes import FakeMemory, image, sequence
 
 CHUNK = 32
+IMAGE_TOKENS = 64
 
 
 def scheduler(rows: int = 4, blocks: int = 1000) -> tuple[Scheduler, FakeMemory]:
     memory = FakeMemory(rows)
-    return Scheduler(KVCache(memory, blocks), prefill_chunk=CHUNK), memory
+    return Scheduler(KVCache(memory, blocks), StepLimits(CHUNK, IMAGE_TOKENS, aligned_chunks=True)), memory
 
 
 def run(memory: FakeMemory, plan: StepPlan) -> list[Sequence]:
     """Compute the plan; every sequence that gets a token gets its own length as the token."""
+    sampled = plan.sampled
     for chunk in plan.prefill:
         memory.compute(chunk.sequence, chunk.stop)
     for one in plan.decode:
         memory.compute(one, one.computed + 1)
-    sampled = [one for one in plan.decode if one.wants_token]
-    sampled += [chunk.sequence for chunk in plan.prefill if chunk.gives_token]
     for one in sampled:
         one.output.append(one.length)
     return sampled

@@ -53,9 +53,15 @@ class PagedDecoder:
         self._no_features = torch.zeros((1, spec.hidden), dtype=dtype, device=device)
         self._slot_tokens = slot_tokens
         table = slots * -(-context_length // block_size)
+        self._step_tokens = step_tokens
         self._buffer = StepBuffer(8 * step_tokens + 8 * slots + table + 64, device)
         self._captured: dict[Bucket, tuple[Layout, Binding]] = {}
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and the cache."""
+        return self._logits.dtype
 
     @property
     def kv_bytes(self) -> int:
@@ -71,6 +77,20 @@ class PagedDecoder:
         """Record every bucket's graph, with rows that write to block 0."""
         for bucket in self.buckets:
             self._replay(bucket, _stand_in(bucket, self._spec.rope.axes))
+
+    def rehearse(self) -> None:
+        """Run the largest prefill step there can be, so that the working memory it takes is taken."""
+        count = self._step_tokens
+        zero, row = np.zeros(1, np.int32), np.zeros(count, np.int32)
+        place = np.arange(count, dtype=np.int32)
+        positions = np.broadcast_to(place, (self._spec.rope.axes, count))
+        table = np.zeros((1, -(-count // self._block_size)), np.int32)
+        self.run(PackedStep(row, positions, zero + count, zero, table, zero, zero))
+
+    def close(self) -> None:
+        """Let go of graphs, bindings and KV memory."""
+        self._captured.clear()
+        self._caches.clear()
 
     def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         layout = self._replay(self.buckets.find(len(step.ids), step.longest), step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -91,6 +93,10 @@ class CudaEncoder:
             features += self._run(batch)
         return features
 
+    def rehearse(self, tokens: int) -> None:
+        """Encode a blank image of about that many tokens, so that the working memory it takes is taken."""
+        self.encode([_blank(self._spec, tokens)])
+
     def _batches(self, images: Sequence[TowerInput]) -> Iterator[Sequence[TowerInput]]:
         start, patches = 0, 0
         for stop, image in enumerate(images):
@@ -149,6 +155,24 @@ class CudaEncoder:
         host = torch.empty(size, dtype=dtype, pin_memory=self._device.type == "cuda")
         np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy())
         return host.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blank:
+    """Implements `TowerInput`."""
+
+    pixels: NDArray[np.uint8]
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+def _blank(spec: SiglipSpec | QwenVisionSpec, tokens: int) -> TowerInput:
+    if isinstance(spec, SiglipSpec):
+        tiles = -(-tokens // spec.tokens_per_tile)
+        return _Blank(np.zeros((tiles, 3, spec.tile, spec.tile), np.uint8), (1, 0, 0), tiles * spec.tokens_per_tile)
+    side = spec.merge * math.ceil(math.sqrt(tokens))
+    pixels = np.zeros((3, side * spec.patch, side * spec.patch), np.uint8)
+    return _Blank(pixels, (1, side, side), (side // spec.merge) ** 2)
 
 
 def _sequences(spec: SiglipSpec | QwenVisionSpec, image: TowerInput) -> list[int]:

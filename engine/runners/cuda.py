@@ -1,0 +1,218 @@
+"""A model on a CUDA device: one packed call per step, tokens chosen there, the next step launched before they are read.
+
+The decoder takes a sequence's newest token from where the sampler wrote it, so that the host learns of it a step later
+and works while the device does (as vLLM's asynchronous scheduling does, vllm/v1/core/sched/async_scheduler.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.preprocess import ImageInput
+from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.step import Int32, PackedStep
+from engine.sampling.device import DeviceSampler
+from engine.scheduling.paged import PagedKVCache
+from engine.scheduling.scheduler import PrefillChunk, StepPlan
+from engine.scheduling.sequence import Sequence
+from engine.spec import ModelSpec
+from engine.stats import ModelMemory
+
+_RESULTS = 4  # steps whose tokens may be on their way to the host
+
+
+class VisionTower(Protocol):
+    def encode(self, images: Ordered[ImageInput]) -> list[torch.Tensor]:
+        """[tokens, hidden] per image, on the device, perhaps not computed yet."""
+        ...
+
+
+class CudaRunner:
+    """Implements `Runner`."""
+
+    lag = 1
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: PagedDecoder,
+        sampler: DeviceSampler,
+        tower: VisionTower | None,
+        kv: PagedKVCache,
+        *,
+        memory: Callable[[], ModelMemory],
+    ) -> None:
+        self._spec = spec
+        self.decoder = decoder
+        self._sampler = sampler
+        self.tower = tower
+        self._kv = kv
+        self._memory = memory
+        self._device = sampler.slot_tokens.device
+        self._ring = [_TokenCopy(len(sampler.slot_tokens), self._device) for _ in range(_RESULTS)]
+        self._turn = 0
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        for chunk in plan.prefill:
+            if chunk.gives_token:
+                self._assign(chunk.sequence)
+        sampled = plan.sampled
+        logits, slots = self.decoder.run(_packed(plan, self._kv, self._features(plan), self._spec.decoder.rope.axes))
+        copy = self._ring[self._turn]
+        self._turn = (self._turn + 1) % _RESULTS
+        copy.start(self._sampler.sample(logits, slots) if sampled else None)
+        plan.advance()
+        return PendingStep(sampled, copy)
+
+    def encode(self, images: list[ImageInput]) -> Future[list[Any]]:
+        """The work is only enqueued: what reads the features is enqueued behind it."""
+        assert self.tower is not None, "This is a bug: images were accepted for a text-only model."
+        future: Future[list[Any]] = Future()
+        try:
+            future.set_result(self.tower.encode(images))
+        except Exception as error:  # noqa: BLE001  whatever it is belongs to whoever reads the future
+            future.set_exception(error)
+        return future
+
+    def host_features(self, features: torch.Tensor) -> Callable[[], NDArray[np.floating]]:
+        """numpy has no bfloat16: those become fp32."""
+        features = features.float() if features.dtype == torch.bfloat16 else features
+        on_cuda = self._device.type == "cuda"
+        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=on_cuda)
+        host.copy_(features, non_blocking=True)
+        done = _recorded_event() if on_cuda else None
+
+        def wait() -> NDArray[np.floating]:
+            if done is not None:
+                done.synchronize()
+            array: NDArray[np.floating] = host.numpy()
+            return array
+
+        return wait
+
+    def memory(self) -> ModelMemory:
+        return self._memory()
+
+    def close(self) -> None:
+        self.decoder.close()
+
+    def _assign(self, sequence: Sequence) -> None:
+        """The slot draws for this sequence from now on, going on where its output ends."""
+        assert sequence.row is not None
+        state = sequence.sampler
+        forbidden = [token for token in self._spec.tokens.eos if token < self._spec.decoder.vocab]
+        self._sampler.assign(
+            sequence.row,
+            state.params,
+            state.seed,
+            sequence.prompt.token_ids,
+            sequence.output,
+            forbidden if state.params.ignore_eos else (),
+        )
+
+    def _features(self, plan: StepPlan) -> dict[PrefillChunk, torch.Tensor]:
+        """Features [n, hidden] of the images that each chunk touches."""
+        dtype = self.decoder.dtype
+        result = {}
+        for chunk in plan.prefill:
+            if not (touched := chunk.images):
+                continue
+            features = chunk.sequence.features
+            for number in touched:
+                if not isinstance(features[number], torch.Tensor):
+                    features[number] = torch.from_numpy(features[number]).to(self._device, dtype)
+            parts = [features[number] for number in touched]
+            result[chunk] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return result
+
+
+class _TokenCopy:
+    """Tokens on their way to the host."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._on_cuda)
+        self._count = 0
+        self._done = torch.cuda.Event() if self._on_cuda else None  # type: ignore[no-untyped-call]
+
+    def start(self, tokens: torch.Tensor | None) -> None:
+        self._count = 0 if tokens is None else len(tokens)
+        if tokens is not None:
+            self._host[: self._count].copy_(tokens, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def wait(self) -> list[int]:
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._host[: self._count].tolist()
+        return tokens
+
+
+class PendingStep:
+    """Implements `StepResult`."""
+
+    def __init__(self, sequences: list[Sequence], copy: _TokenCopy) -> None:
+        self.sequences = sequences
+        self._copy = copy
+
+    def tokens(self) -> list[int]:
+        return self._copy.wait()
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _packed(plan: StepPlan, kv: PagedKVCache, features: dict[PrefillChunk, torch.Tensor], axes: int) -> PackedStep:
+    """Decoding rows first, then the chunks, in one call."""
+    sequences = plan.sequences
+    rows = np.array([sequence.row for sequence in sequences], np.int32)
+    past = np.array([sequence.computed for sequence in sequences], np.int32)
+    counts = np.ones(len(sequences), np.int32)
+    decoding = len(plan.decode)
+    counts[decoding:] = [chunk.stop - chunk.start for chunk in plan.prefill]
+    deltas = np.array([sequence.prompt.position_delta for sequence in plan.decode], np.int32)
+    ends = np.cumsum(counts, dtype=np.int32) - 1
+    wanted = np.ones(len(sequences), bool)
+    wanted[decoding:] = [chunk.gives_token for chunk in plan.prefill]
+    columns = -(-int((past + counts).max()) // kv.block_size)
+    ids, positions = [-1 - rows[:decoding]], [np.broadcast_to(past[:decoding] + deltas, (axes, decoding))]
+    for chunk in plan.prefill:
+        ids.append(chunk.sequence.tokens(chunk.start, chunk.stop).astype(np.int32))
+        positions.append(chunk.sequence.positions(chunk.start, chunk.stop).astype(np.int32))
+    return PackedStep(
+        ids=np.concatenate(ids),
+        positions=np.concatenate(positions, axis=1),
+        counts=counts,
+        past=past,
+        tables=kv.tables[rows, :columns],
+        logits_rows=ends[wanted],
+        slots=rows[wanted],
+        features=_joined(list(features.values())),
+        feature_index=_feature_index(plan, features, decoding) if features else None,
+    )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0] if parts else None
+
+
+def _feature_index(plan: StepPlan, features: dict[PrefillChunk, torch.Tensor], decoding: int) -> Int32:
+    """[T]: the row of each token in the features of all chunks, -1 for text."""
+    parts, before = [np.full(decoding, -1, np.int32)], 0
+    for chunk in plan.prefill:
+        parts.append(chunk.feature_index(before).astype(np.int32))
+        before += len(features[chunk]) if chunk in features else 0
+    return np.concatenate(parts)

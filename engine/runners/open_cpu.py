@@ -1,0 +1,47 @@
+"""A replica on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+from engine.checkpoints import Artifact
+from engine.config import EngineConfig
+from engine.replica import Replica
+from engine.runners.cpu import CpuRunner
+from engine.runtime import Decoder, Encoder
+from engine.scheduling.kv_cache import BLOCK, KVCache
+from engine.scheduling.scheduler import Scheduler, StepLimits
+
+_SMALL_MODEL_BYTES = 64 * 2**20
+_IMAGE_TOKENS = 64  # of one encoder batch: a larger one only keeps the first image waiting for the last
+_PREFILL_TOKENS = 256
+
+
+def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
+    """Sessions, KV memory and scheduler. Raises InvalidConfig when the KV memory cannot be had."""
+    spec = artifact.spec
+    blocks = config.kv_cache_mib * 2**20 // (spec.decoder.kv_bytes_per_token * BLOCK)
+    context_length = min(spec.decoder.context_length, blocks * BLOCK)
+    threads = config.threads or _threads(artifact)
+    decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
+    encoder = Encoder(artifact, threads=threads) if spec.vision else None
+    limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=True)
+    return Replica(
+        name=name,
+        numerics=f"{artifact.digest} cpu",
+        device="cpu",
+        runner=CpuRunner(
+            spec,
+            decoder,
+            encoder,
+            weight_bytes=artifact.weight_bytes,
+            kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
+        ),
+        scheduler=Scheduler(KVCache(decoder, blocks), limits),
+        context_length=context_length,
+    )
+
+
+def _threads(artifact: Artifact) -> int:
+    """One core for a small model: its operators are over before a second thread has woken up to help."""
+    return 1 if artifact.weight_bytes < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))

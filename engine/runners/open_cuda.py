@@ -1,0 +1,132 @@
+"""A replica on a CUDA device. Runs on the thread that the device belongs to."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import partial
+
+import psutil
+import torch
+
+from engine.checkpoints import Artifact
+from engine.config import EngineConfig
+from engine.device import memory_budget
+from engine.errors import DeviceOutOfMemory
+from engine.graphs.cuda import cuda_decoder
+from engine.replica import Replica
+from engine.runners.cuda import CudaRunner
+from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.encoder import open_encoder
+from engine.runtime.cuda.session import CudaSession
+from engine.runtime.cuda.weights import DeviceWeights, torch_type
+from engine.sampling.device import DeviceSampler
+from engine.scheduling.paged import PagedKVCache
+from engine.scheduling.scheduler import Scheduler, StepLimits
+from engine.spec import DecoderSpec, FloatType, Precision
+from engine.stats import ModelMemory
+
+_PREFILL_TOKENS = 1024
+_IMAGE_TOKENS = 1024  # of one encoder batch: a few large images; more would hold up decoding for too long
+_MIB = 2**20
+_own = threading.local()
+
+
+def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
+    """Upload, reserve KV blocks from what the budget leaves, capture the decode steps.
+
+    Raises DeviceOutOfMemory when the budget does not hold the weights and some context.
+    """
+    device = torch.device("cuda", index)
+    _take_over(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    try:
+        return _open(name, artifact, config, device, memory_budget(config, free))
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise DeviceOutOfMemory(
+            f"{name} does not fit {device}, which has {free // _MIB} MiB free; unload other models, choose precision"
+            " int8, or a smaller model"
+        ) from error
+
+
+def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int) -> Replica:
+    spec, slots = artifact.spec, config.max_batch_size
+    activations = activation_type(artifact.precision, spec.dtype)
+    dtype = torch_type(activations)
+    before = torch.cuda.mem_get_info(device)[0]
+    weights = DeviceWeights(artifact, device)
+    graph = cuda_decoder(artifact, activations, spec.decoder.context_length)
+    session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device)
+    tower = open_encoder(artifact, activations, device) if spec.vision else None
+    sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype)
+    step_tokens = (config.prefill_chunk or _PREFILL_TOKENS) + slots
+    open_decoder = partial(
+        PagedDecoder, session, spec.decoder, sampler.slot_tokens, dtype=dtype, slots=slots, step_tokens=step_tokens
+    )
+    block_size = kv_block_size(spec.decoder.head_dim)
+    open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
+    if tower is not None:
+        tower.rehearse(_IMAGE_TOKENS)
+    torch.cuda.synchronize(device)
+    taken = before - torch.cuda.mem_get_info(device)[0]
+    block_bytes = kv_bytes_per_token(spec.decoder, dtype) * block_size
+    blocks = (budget - taken) // block_bytes - 1
+    if blocks < 1:
+        raise DeviceOutOfMemory(
+            f"{name} takes {taken // _MIB} MiB of {device} before any context, and gpu_memory allows"
+            f" {budget // _MIB} MiB; raise gpu_memory, unload other models, or choose precision int8"
+        )
+    context_length = min(spec.decoder.context_length, blocks * block_size)
+    blocks = min(blocks, slots * -(-context_length // block_size))
+    decoder = open_decoder(blocks=blocks + 1, block_size=block_size, context_length=context_length)
+    decoder.capture()
+    torch.cuda.synchronize(device)
+    occupied = before - torch.cuda.mem_get_info(device)[0]
+    kv = PagedKVCache(slots=slots, blocks=blocks, block_size=block_size, context_length=context_length)
+    memory = ModelMemory(
+        weights=weights.nbytes,
+        kv=decoder.kv_bytes,
+        kv_per_token=block_bytes // block_size,
+        workspace=max(0, occupied - weights.nbytes - decoder.kv_bytes),
+        host=psutil.Process(os.getpid()).memory_info().rss,
+    )
+    limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=False)
+    return Replica(
+        name=name,
+        numerics=f"{artifact.digest} cuda {activations}",
+        device=str(device),
+        runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=lambda: memory),
+        scheduler=Scheduler(kv, limits),
+        context_length=context_length,
+    )
+
+
+def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:
+    """int8 weights are multiplied with activations of the checkpoint's 16-bit type."""
+    match precision:
+        case "fp16":
+            return "float16"
+        case "bf16":
+            return "bfloat16"
+        case "fp32":
+            return "float32"
+        case "int8":
+            return "bfloat16" if checkpoint == "bfloat16" else "float16"
+
+
+def kv_block_size(head_dim: int) -> int:
+    """Tokens per block: the fewest with which PagedAttention takes its fast kernels."""
+    return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+
+
+def kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize
+
+
+def _take_over(device: torch.device) -> None:
+    """Give this thread a stream of its own on the device, once; all its sessions and torch's work go there."""
+    if getattr(_own, "stream", None) is None:
+        torch.cuda.set_device(device)
+        _own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(_own.stream)

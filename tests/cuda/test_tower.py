@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import pytest
 import torch
 
 from engine.checkpoints import Artifact
-from engine.graphs.cuda.tower import cuda_tower
+from engine.graphs.cuda.tower import TowerInputs, cuda_tower
 from engine.runtime.cuda.encoder import CudaEncoder, packing, tower_weights
+from engine.runtime.cuda.session import Binding
 from engine.spec import FloatType, Precision, SiglipSpec
 from tests.cuda.reference import ReferenceSession
 from tests.runtime.cases import Picture, pictures, relative_error
@@ -88,6 +91,24 @@ def test_a_call_takes_as_many_images_as_it_may_and_never_none(tiny_vlm: Tiny) ->
         assert len(limited._session.runs) == expected, limit  # type: ignore[attr-defined]
         assert relative_error(as_array(found), as_array(tower.encode(images))) < 1e-5
     assert tower.encode([]) == []
+
+
+def test_a_rehearsal_encodes_as_many_tokens_as_it_is_told(tiny_vlm: Tiny) -> None:
+    tower = encoder(tiny_vlm, "fp32", "float32")
+    rows: list[int] = []
+    tower._session.bind = _counting(tower._session.bind, rows)  # type: ignore[method-assign]
+    for tokens in (1, 30):
+        tower.rehearse(tokens)
+    assert rows[0] >= 1
+    assert 30 <= rows[1] <= 48  # whole tiles, or a square image
+
+
+def _counting(bind: Callable[..., Binding], rows: list[int]) -> Callable[..., Binding]:
+    def counted(inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
+        rows.append(len(outputs[TowerInputs.FEATURES]))
+        return bind(inputs, outputs)
+
+    return counted
 
 
 def test_packing_counts_real_places_before_padding() -> None:

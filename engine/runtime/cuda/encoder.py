@@ -30,7 +30,8 @@ def open_encoder(artifact: Artifact, activations: FloatType, device: torch.devic
     graph = cuda_tower(artifact, activations)
     weights = tower_weights(artifact, graph.weights, device)
     session = CudaSession(graph, weights, artifact.folder, device)
-    return CudaEncoder(session, artifact.spec, activations, device)
+    weight_bytes = sum(tensor.nbytes for tensor in weights.values())
+    return CudaEncoder(session, artifact.spec, activations, device, weight_bytes=weight_bytes)
 
 
 def tower_weights(artifact: Artifact, wanted: Iterable[DeviceWeight], device: torch.device) -> dict[str, torch.Tensor]:
@@ -74,9 +75,11 @@ class CudaEncoder:
         device: torch.device,
         *,
         patches_per_call: int = PATCHES_PER_CALL,
+        weight_bytes: int = 0,
     ) -> None:
         """Fewer `patches_per_call` need less memory; an image with more gets a call to itself."""
         assert spec.vision is not None, "a text-only model has no encoder"
+        self.weight_bytes = weight_bytes  # of the session, on the device
         self._session = session
         self._spec = spec.vision
         self._hidden = spec.decoder.hidden

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from engine.errors import Cancelled, EngineError
 from engine.model import Model
 from engine.request import Chunk, Event, Finished, Message, Request, SamplingParams, Text
 from engine.spec import DecoderSpec
-from engine.stats import StepRecord
+from engine.stats import ModelMemory, StepRecord
 from engine.stream import Stream
 
 TIMEOUT_S = 300.0  # of one row
@@ -99,10 +99,18 @@ def cancel(engine: Engine, work: Sequence[Work]) -> None:
         if one.stream is not None:
             one.stream.cancel()
     deadline = time.monotonic() + TIMEOUT_S
-    while any(model["running"] or model["waiting"] for model in engine.status()["models"].values()):
+    while busy(engine.status()):
         if time.monotonic() > deadline:
             raise BenchError("cancelled requests still run")
         time.sleep(_POLL_S)
+
+
+def busy(status: dict[str, Any]) -> dict[str, int]:
+    """What `Engine.status` counts as under way, without the zeros."""
+    replicas = [replica for model in status["models"].values() for replica in model["replicas"]]
+    counts = {name: sum(replica[name] for replica in replicas) for name in ("running", "waiting", "kv_blocks_used")}
+    counts["open_requests"] = status["open_requests"]
+    return {name: count for name, count in counts.items() if count}
 
 
 class Prompts:
@@ -131,22 +139,15 @@ class Bench:
     @property
     def device(self) -> str:
         """Where the model is: cpu, or cuda:0."""
-        return str(self._status.get("device", "cpu"))
+        return self.model.replicas[0][0].device
 
     @property
-    def memory(self) -> dict[str, int]:
-        """Bytes, as the engine accounts for them (engine/stats.py, ModelMemory)."""
-        memory: dict[str, int] = self._status.get("memory", {})
-        return memory
-
-    @property
-    def _status(self) -> dict[str, Any]:
-        status: dict[str, Any] = self.engine.status()["models"][self.model.name]
-        return status
+    def memory(self) -> ModelMemory:
+        return self.model.replicas[0][0].runner.memory()
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.memory.get("kv_per_token", self.model.artifact.spec.decoder.kv_bytes_per_token)
+        return self.memory.kv_per_token
 
     def card(self) -> dict[str, Any]:
         artifact = self.model.artifact
@@ -156,8 +157,7 @@ class Bench:
             "device": self.device,
             "precision": artifact.precision,
             "weight_bytes": artifact.weight_bytes,
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "memory": self.memory,
+            "memory": asdict(self.memory),
             "host_rss_mib": resident_mib(),
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import signal
 import time
@@ -31,6 +32,9 @@ def rows(arguments: argparse.Namespace, folder: Path, card: Mapping[str, Any]) -
     """Two rows per batch size. Where the engine runs int8, transformers runs 16 bit (fp32 on a CPU)."""
     device = torch.device("cuda" if str(card["device"]).startswith("cuda") else "cpu")
     dtype = _DTYPES.get(card["precision"], torch.float16 if device.type == "cuda" else torch.float32)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the engine's tensors left with torch
     model = load(folder, dtype, device)
     (context,) = arguments.context
     name = f"transformers {str(dtype).removeprefix('torch.')}"

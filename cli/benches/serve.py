@@ -25,7 +25,9 @@ from cli.traffic import TrafficRequest, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN_BATCH = 32  # the setting's own default
-TRACE_S = 3.0
+TRACE_DELAY_S = 1.0
+TRACE_S = 1.5
+TRACED = 8  # requests for each of the concurrent ones: longer than the trace
 TRACE_LIMIT_S = 60.0
 COLUMNS = (
     ("req/s", "request_throughput"),
@@ -51,7 +53,7 @@ class Load:
     warm_up: Sequence[TrafficRequest]
     output_tokens: int
     storage: Path | None = None
-    trace: bool = False
+    traced: Sequence[TrafficRequest] = ()  # sent while the engine's process traces its kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +82,13 @@ def _load(arguments: argparse.Namespace) -> Iterator[Load]:
     most = 2 * max(arguments.concurrency)
     requests = shaped_traffic(arguments, arguments.requests or 480, arguments.repeats)
     warm_up = shaped_traffic(arguments, most, seed=-1)
-    plain = (requests, warm_up, arguments.output_tokens)
+    traced = shaped_traffic(arguments, TRACED * max(arguments.concurrency), seed=-2) if arguments.trace else []
     if arguments.shape is None:
-        yield Load(arguments.model, *plain, trace=arguments.trace)
+        yield Load(arguments.model, requests, warm_up, arguments.output_tokens, None, traced)
         return
     with storage_folder(arguments) as storage:
         model = ensure_model(arguments.shape, "whole", storage)
-        yield Load(model, *plain, storage, arguments.trace)
+        yield Load(model, requests, warm_up, arguments.output_tokens, storage, traced)
 
 
 def shaped_traffic(
@@ -113,13 +115,13 @@ def measure_row(load: Load, settings: Settings, concurrency: int) -> Row:
         storage = load.storage or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-bench-")))
         shutil.rmtree(storage / "cache", ignore_errors=True)
         traces = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-trace-")))
-        env = {"TESSERA_TRACE": str(traces)} if load.trace else {}
+        env = {"TESSERA_TRACE": str(traces)} if load.traced else {}
         credentials = {"max_waiting": "1024", **settings, "storage": str(storage)}
         with Daemon(ROOT, credentials=credentials, env=env) as daemon:
             drive(daemon, load.model, load.warm_up[: 2 * concurrency], parameters, concurrency)
             measured = drive(daemon, load.model, load.requests, parameters, concurrency)
             memory, device = peak_memory(daemon.pid), gpu_mib()
-            traced = {"trace": _trace(daemon, load, parameters, concurrency, traces)} if load.trace else {}
+            traced = {"trace": _trace(daemon, load, parameters, concurrency, traces)} if load.traced else {}
         sizes = [path.stat().st_size for path in storage.glob("artifacts/*/weights.bin")]
     memory["all"] = sum(memory.values())
     result = {**settings, "concurrency": concurrency, **summary(measured), "memory_mib": memory, "gpu_mib": device}
@@ -149,11 +151,17 @@ def drive(
 
 
 def _trace(daemon: Daemon, load: Load, parameters: Mapping[str, Any], concurrency: int, folder: Path) -> dict[str, Any]:
-    """The same load again, unmeasured, while the engine's process traces its kernels (engine/runtime/cuda/trace.py)."""
-    deadline, found = time.monotonic() + TRACE_LIMIT_S, folder / "trace.json"
+    """More of the same load, new images, while the engine's process traces (engine/runtime/cuda/trace.py)."""
+    sender = threading.Thread(
+        target=drive, args=(daemon, load.model, load.traced[: TRACED * concurrency], parameters, concurrency)
+    )
+    sender.start()
+    time.sleep(TRACE_DELAY_S)
     (folder / "seconds").write_text(str(TRACE_S))
+    deadline, found = time.monotonic() + TRACE_LIMIT_S, folder / "trace.json"
     while not found.exists() and time.monotonic() < deadline:
-        drive(daemon, load.model, load.requests[: 4 * concurrency], parameters, concurrency)
+        time.sleep(0.1)
+    sender.join()
     if not found.exists():
         raise BenchError(f"the engine's process wrote no trace within {TRACE_LIMIT_S:.0f} s; its stderr says why")
     times: dict[str, Any] = json.loads(found.read_text())

@@ -19,7 +19,7 @@ from typing import Any
 
 from cli.benches import options
 from cli.benches.decode import MIXED
-from cli.benches.in_process import decoder_spec, ensure_model, kv_mib, storage_folder
+from cli.benches.in_process import busy, decoder_spec, ensure_model, kv_mib, storage_folder
 from cli.benches.report import Report, Row
 from cli.machine import gpu_mib, resident_mib
 from cli.settings import settings_from
@@ -131,17 +131,12 @@ def _sample(at_s: float, pid: int) -> Sample:
     return Sample(round(at_s, 1), resident_mib(pid), None if used is None else sum(used))
 
 
-def _wait_idle(client: EngineClient) -> dict[str, Any]:
+def _wait_idle(client: EngineClient) -> dict[str, int]:
     """What the engine still has under way when it should have nothing."""
     deadline = time.monotonic() + IDLE_LIMIT_S
-    while True:
-        status = client.status() or {}
-        counts = {name: model.get(name) for model in status.get("models", {}).values()
-                  for name in ("running", "waiting", "kv_blocks_used")}  # fmt: skip
-        left = {name: value for name, value in (counts | {"open": status.get("open_requests")}).items() if value}
-        if not left or time.monotonic() > deadline:
-            return left
+    while (left := busy(client.status() or {"models": {}, "open_requests": 0})) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return left
 
 
 class Mix:

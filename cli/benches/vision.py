@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 from cli.benches import limits, options
 from cli.benches.in_process import Bench, open_bench, storage_folder
@@ -49,7 +48,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         storage_folder(arguments) as storage,
         open_bench(arguments, storage, "whole", {}, context=64, batch=1) as bench,
     ):
-        if bench.model.encoder is None:
+        if bench.model.images is None:
             raise BenchError(f"{arguments.shape} reads text only; choose a shape with a tower")
         files = image_files(max(arguments.images, *arguments.batch), arguments.image_size, arguments.image_format)
         rates = limits.measure_rates(bench.device, bench.model.artifact.precision)
@@ -83,13 +82,17 @@ def _tower(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, ima
 
 
 def _encode(bench: Bench, images: Sequence[ImageInput]) -> float:
-    """Seconds until the features are there."""
-    encoder: Any = bench.model.encoder
-    started = time.perf_counter()
-    features = encoder.encode(images)
-    if bench.device.startswith("cuda"):  # its call returns before the device is done
-        features[0].cpu()
-    return time.perf_counter() - started
+    """Seconds until all features are there, and those of the last image on the host."""
+    replica, loop = bench.model.replicas[0]
+    runner = replica.runner
+
+    def work() -> float:
+        started = time.perf_counter()
+        features = runner.encode(list(images)).result()
+        runner.host_features(features[-1])()
+        return time.perf_counter() - started
+
+    return loop.call(work).result()
 
 
 def _cost(bench: Bench, images: Sequence[ImageInput]) -> limits.Cost:

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper
 
-from tests.cuda.operators import MICROSOFT, from_numpy
+from tests.cuda.operators import MICROSOFT, OPERATORS, from_numpy
+from tests.cuda.paged_attention import PAGED_ATTENTION
 from tests.cuda.reference import ReferenceBinding, ReferenceSession
 
 Arrays = dict[str, NDArray[Any]]
@@ -31,14 +32,14 @@ def model(
     inputs: Mapping[str, NDArray[Any] | None],
     outputs: Sequence[str],
     domain: str = "",
-    dtype: type = F32,
+    dtypes: Mapping[str, type] | None = None,
     **attributes: Any,
 ) -> bytes:
-    """One node; an input that is None and an output named "" are absent."""
+    """One node; an input that is None and an output named "" are absent; outputs are float32 unless `dtypes` says."""
     names = [name if array is not None else "" for name, array in inputs.items()]
     node = helper.make_node(kind, names, outputs, domain=domain, **attributes)
     takes = [_value(name, array.dtype, array.ndim) for name, array in inputs.items() if array is not None]
-    gives = [_value(name, np.dtype(dtype), None) for name in outputs if name]
+    gives = [_value(name, np.dtype((dtypes or {}).get(name, F32)), None) for name in outputs if name]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
     graph = helper.make_graph([node], "one", takes, gives)
     made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
@@ -140,7 +141,7 @@ def test_a_norm_of_a_sum_gives_both(kind: str) -> None:
 
 def test_16_bit_operands_are_rounded_once_at_the_end() -> None:
     inputs = {"x": random(1, 3, 512).astype(F16), "w": random(2, 5, 512).astype(F16), "b": random(3, 5).astype(F16)}
-    source = model("Gemm", inputs, ["y"], dtype=F16, transB=1)
+    source = model("Gemm", inputs, ["y"], dtypes={"y": F16}, transB=1)
     wanted = (inputs["x"].astype(F32) @ inputs["w"].astype(F32).T + inputs["b"].astype(F32)).astype(F16)
     np.testing.assert_allclose(reference(source, inputs, {"y": wanted})["y"], wanted, rtol=2**-10)
 
@@ -209,17 +210,21 @@ class PagedSequences:
         return np.split(binding.outputs["y"].numpy(), np.cumsum([len(rows) for rows in qkv])[:-1])
 
 
-def grouped_query_attention(qkv: NDArray[np.float32], rotary: bool) -> NDArray[np.float32]:
+def grouped_query_attention(
+    qkv: NDArray[np.float32], rotary: bool, cache: type = F32, further: Arrays | None = None, **attributes: Any
+) -> NDArray[np.float32]:
     """The CPU provider's, one sequence from its beginning."""
     inputs: dict[str, NDArray[Any] | None] = {
         "qkv": qkv[None], "k": None, "v": None,
-        "pk": np.zeros((1, KV_HEADS, POSITIONS, DIM), F32), "pv": np.zeros((1, KV_HEADS, POSITIONS, DIM), F32),
+        "pk": np.zeros((1, KV_HEADS, POSITIONS, DIM), cache), "pv": np.zeros((1, KV_HEADS, POSITIONS, DIM), cache),
         "last": np.array([len(qkv) - 1], I32), "longest": np.array(len(qkv), I32),
-        "cos": COSINE if rotary else None, "sin": SINE if rotary else None,
+        "cos": COSINE if rotary else None, "sin": SINE if rotary else None, "position": None, "bias": None,
+        "sink": None, "ks": None, "vs": None,
     }  # fmt: skip
-    outputs = ["y", "ok", "ov"]
+    inputs.update(further or {})
+    attributes |= {"num_heads": HEADS, "kv_num_heads": KV_HEADS, "do_rotary": int(rotary)}
     source = model(
-        "GroupQueryAttention", inputs, outputs, MICROSOFT, num_heads=HEADS, kv_num_heads=KV_HEADS, do_rotary=int(rotary)
+        "GroupQueryAttention", inputs, ["y", "pko", "pvo"], MICROSOFT, {"pko": cache, "pvo": cache}, **attributes
     )
     result: NDArray[np.float32] = provider(source, inputs)["y"][0]
     return result
@@ -240,6 +245,46 @@ def test_paged_attention_is_grouped_query_attention_however_sequences_are_cut(ro
         found = paged.step(qkv, [start for start, _ in chunks])
         for rows, whole, (start, end) in zip(found, wanted, chunks, strict=True):
             np.testing.assert_allclose(rows, whole[start:end], atol=1e-5)
+
+
+def paged(qkv: NDArray[np.float32], cache: torch.dtype, further: Mapping[str, Any]) -> NDArray[np.float32]:
+    """One whole sequence through a cache of any type."""
+    blocks = POSITIONS // BLOCK
+    caches = [torch.zeros(blocks, BLOCK, KV_HEADS, DIM, dtype=cache) for _ in range(2)]
+    lengths = (torch.tensor([0, len(qkv)], dtype=torch.int32), torch.tensor([0], dtype=torch.int32))
+    table = torch.arange(blocks, dtype=torch.int32)[None]
+    rotary = {"cosine": torch.from_numpy(COSINE), "sine": torch.from_numpy(SINE), "do_rotary": 1}
+    heads = {"num_heads": HEADS, "kv_num_heads": KV_HEADS}
+    operator = OPERATORS[PAGED_ATTENTION]
+    output, *_ = operator(torch.from_numpy(qkv), None, None, *caches, *lengths, table, **rotary, **heads, **further)
+    assert output is not None
+    result: NDArray[np.float32] = output.numpy()
+    return result
+
+
+@pytest.mark.parametrize("mode", ["PER_TENSOR", "PER_CHANNEL"])
+def test_a_cache_of_bytes_is_grouped_query_attentions(mode: str) -> None:
+    scale = np.array([0.03], F32) if mode == "PER_TENSOR" else np.linspace(0.02, 0.05, KV_HEADS * DIM, dtype=F32)
+    scale = scale if mode == "PER_TENSOR" else scale.reshape(KV_HEADS, 1, DIM)
+    scales = {"ks": scale, "vs": scale * F32(1.1)}
+    modes = {"k_quant_type": mode, "v_quant_type": mode}
+    wanted = grouped_query_attention(SEQUENCES[0], True, np.int8, scales, kv_cache_bit_width=8, **modes)
+    found = paged(SEQUENCES[0], torch.int8, modes | {
+        "k_scale": torch.from_numpy(scales["ks"]), "v_scale": torch.from_numpy(scales["vs"]),
+    })  # fmt: skip
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_queries_and_keys_are_normed_before_they_are_turned() -> None:
+    query_weight, key_weight = random(5, DIM), random(6, DIM)
+    heads = SEQUENCES[0].reshape(-1, HEADS + 2 * KV_HEADS, DIM)
+    normed = heads / np.sqrt(np.square(heads).mean(-1, keepdims=True) + F32(1e-3))
+    normed[:, :HEADS] *= query_weight
+    normed[:, HEADS:-KV_HEADS] *= key_weight
+    normed[:, -KV_HEADS:] = heads[:, -KV_HEADS:]
+    wanted = grouped_query_attention(normed.reshape(SEQUENCES[0].shape), True)
+    norms = {"q_norm": torch.from_numpy(query_weight), "k_norm": torch.from_numpy(key_weight), "qk_norm_epsilon": 1e-3}
+    np.testing.assert_allclose(paged(SEQUENCES[0], torch.float32, norms), wanted, atol=1e-5)
 
 
 def test_bounds_that_do_not_hold_are_seen() -> None:

@@ -278,7 +278,7 @@ def test_a_cache_of_bytes_is_grouped_query_attentions(mode: str) -> None:
 def test_queries_and_keys_are_normed_before_they_are_turned() -> None:
     query_weight, key_weight = random(5, DIM), random(6, DIM)
     heads = SEQUENCES[0].reshape(-1, HEADS + 2 * KV_HEADS, DIM)
-    normed: NDArray[np.float32] = heads / np.sqrt((heads * heads).mean(-1, keepdims=True) + F32(1e-3))
+    normed = (heads / np.sqrt((heads * heads).mean(-1, keepdims=True) + 1e-3)).astype(F32)
     normed[:, :HEADS] *= query_weight
     normed[:, HEADS:-KV_HEADS] *= key_weight
     normed[:, -KV_HEADS:] = heads[:, -KV_HEADS:]

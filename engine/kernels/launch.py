@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 from triton import knobs
 
-from engine.kernels.sampling import CHUNK, GROUP, choose_tokens, scan_chunks, work_of
-from engine.sampling.record import FIRST_FORBIDDEN
+from engine.kernels.rows import CHUNK, GROUP
+from engine.kernels.sampling import choose_tokens, scan_chunks, work_of
+from engine.request import SamplingParams
+from engine.sampling.record import FIRST_FORBIDDEN, write_record
 
 SHORT = 512  # groups in a shortlist
 SCAN_WARPS, CHOOSE_WARPS = 8, 16
@@ -18,18 +22,16 @@ def can_run_on(device: torch.device) -> bool:
 
 
 class TritonSampling:
-    """Two launches for any batch. Construction compiles and runs the kernels once, and raises what they raise."""
+    """Two launches for any batch. Construction compiles and tries the kernels, and raises what they raise."""
 
     def __init__(self, vocab: int, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
+        self._current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         short = min(SHORT, triton.next_power_of_2(triton.cdiv(vocab, GROUP.value)))
         self._sizes = {"VOCAB": vocab, "SHORT": short}
         self._chunks = triton.cdiv(vocab, CHUNK.value)
         self._work = torch.empty((1, work_of(vocab, short)), dtype=torch.float32, device=device)
-        table = torch.zeros((1, FIRST_FORBIDDEN + 4), dtype=torch.int32, device=device)
-        counts = torch.zeros((1, 1), dtype=torch.int16, device=device)
-        slot = torch.zeros(1, dtype=torch.int32, device=device)
-        self(torch.zeros((1, vocab), dtype=dtype, device=device), slot, table, counts, slot.clone())
+        self._try(vocab, dtype)
 
     def __call__(
         self,
@@ -44,13 +46,25 @@ class TritonSampling:
             self._work = torch.empty((rows, self._work.shape[1]), dtype=torch.float32, device=self._device)
         results = torch.empty(rows, dtype=torch.int32, device=self._device)
         stride, words = logits.stride(0), table.shape[1]
-        # without fused multiply-add a penalised logit has the same bits in both kernels
-        scan_chunks[(self._chunks, rows)](
-            logits, stride, slots, table, counts, self._work, words, **self._sizes,
-            num_warps=SCAN_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-        choose_tokens[(rows,)](
-            logits, stride, slots, table, counts, self._work, tokens, results, words,
-            **self._sizes, num_warps=CHOOSE_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with self._current:  # Triton launches on the current device
+            # without fused multiply-add a penalised logit has the same bits in both kernels
+            scan_chunks[(self._chunks, rows)](
+                logits, stride, slots, table, counts, self._work, words,
+                **self._sizes, num_warps=SCAN_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+            choose_tokens[(rows,)](
+                logits, stride, slots, table, counts, self._work, tokens, results, words,
+                **self._sizes, num_warps=CHOOSE_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
         return results
+
+    def _try(self, vocab: int, dtype: torch.dtype) -> None:
+        """Draw from equal logits: compiles both kernels, takes the longest way through them, and waits."""
+        record = torch.zeros((1, FIRST_FORBIDDEN), dtype=torch.int32)
+        write_record(record[0].numpy(), SamplingParams(temperature=1.0, top_p=0.5), vocab, seed=0, step=0, forbidden=[])
+        logits = torch.zeros((1, vocab), dtype=dtype, device=self._device)
+        counts = torch.zeros((1, 1), dtype=torch.int16, device=self._device)
+        slot = torch.zeros(1, dtype=torch.int32, device=self._device)
+        token = int(self(logits, slot, record.to(self._device), counts, slot.clone())[0])
+        if not 0 <= token < vocab:
+            raise RuntimeError(f"the sampling kernels chose token {token} of {vocab}")

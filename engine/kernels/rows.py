@@ -26,6 +26,8 @@ DRAWN = tl.constexpr(layout.DRAWN)
 PENALISED = tl.constexpr(layout.PENALISED)
 MOST_SEEN = tl.constexpr(layout.MOST_SEEN)
 INFINITE = tl.constexpr(0x7F800000)  # the key of a token of weight 0
+CHUNK = tl.constexpr(4096)  # logits that a program of the first kernel takes
+GROUP = tl.constexpr(16)  # neighbouring logits with one peak: a sector of 32 bytes in 16 bits
 
 
 @triton.jit
@@ -67,4 +69,5 @@ def adjust(row: tl.tuple, x: tl.tensor, columns: tl.tensor, inside: tl.tensor) -
 
 @triton.jit
 def key(d: tl.tensor) -> tl.tensor:
+    """Of d, which is not negative: its bits, ordered as d is."""
     return d.to(tl.int32, bitcast=True)

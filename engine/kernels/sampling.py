@@ -4,13 +4,14 @@
 place and the mass, per group of GROUP tokens the peak. `choose_tokens` gives one program to a row: a greedy row is done
 with the peaks of the chunks; any other takes the SHORT groups with the highest peaks as its shortlist, finds the
 top-k and top-p thresholds in it by bisection over the ordered bits of the values, and draws by inverse CDF in the order
-of the vocabulary. Only a nucleus wider than the shortlist makes a program go over the row again.
+of the vocabulary. Only a nucleus wider than the shortlist makes a program go over the row again
+(engine/kernels/thresholds.py).
 
 Values. d = (peak - logit) / temperature * log2(e) is never negative, so its bits as an integer, the *key*, are ordered
 like d; a token's weight is 2 ** -d, and a filter keeps the keys up to a limit, ties included.
 
 Bytes, for V = 151,936 in 16 bits: 0.30 MB a row in the first kernel (128 rows: 39 MB, 13 us at 3 TB/s), 40 KB of group
-peaks and 16 KB of shortlist in the second. A wide nucleus reads its row from L2 some eight times more.
+peaks and 16 KB of shortlist in the second. A wide nucleus reads its row from L2 three to six times more.
 
 Sums are taken in an order that depends on the vocabulary alone: no row depends on its neighbours.
 """
@@ -23,8 +24,10 @@ import triton
 import triton.language as tl
 
 from engine.kernels.rows import (
+    CHUNK,
     DRAWN,
     FLAGS,
+    GROUP,
     INFINITE,
     LIMIT,
     MOST_SEEN,
@@ -40,9 +43,8 @@ from engine.kernels.rows import (
     read,
     real,
 )
+from engine.kernels.thresholds import row_limit, smallest_limit
 
-CHUNK = tl.constexpr(4096)  # logits that a program of the first kernel takes
-GROUP = tl.constexpr(16)  # neighbouring logits with one peak: a sector of 32 bytes in 16 bits
 _COARSE = tl.constexpr(1024)  # keys; so near to the widest shortlist is near enough
 
 
@@ -59,8 +61,8 @@ def groups_of(vocab: int) -> int:
 
 @triton.constexpr_function
 def work_of(vocab: int, short: int) -> int:
-    """Words that a row works in: of every chunk peak, place and mass, of every group the peak, and the shortlist."""
-    return int(3 * span_of(vocab) + groups_of(vocab) + short)
+    """Words that a row works in: peak, place and mass of each chunk, peaks of the groups, the shortlist, d of a few."""
+    return int(3 * span_of(vocab) + groups_of(vocab) + short + short * GROUP.value)
 
 
 @triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["slots"])
@@ -103,19 +105,6 @@ def scan_chunks(
 
 
 @triton.jit
-def _smallest_limit(keys: tl.tensor, weights: tl.tensor, goal: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """The smallest limit whose weight (that of the keys up to it) reaches goal, or high if none below does."""
-    low = high * 0 - 1
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        if tl.sum(tl.where(keys <= middle, weights, 0.0), 0) >= goal:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-@triton.jit
 def _locate(weights: tl.tensor, number: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     """The place in weights [SIZE], not all 0, in which a number of [0, 1] falls.
 
@@ -154,66 +143,6 @@ def _shortlist(
     tl.store(ids + place, group.to(tl.float32), mask=taken)
     tl.debug_barrier()
     return tl.sum(taken.to(tl.int32), 0), low
-
-
-@triton.jit
-def _row_limit(
-    row: tl.tuple,
-    peak: tl.tensor,
-    scale: tl.tensor,
-    goal: tl.tensor,
-    by_count: tl.tensor,
-    low: tl.tensor,
-    below: tl.tensor,
-    high: tl.tensor,
-    above: tl.tensor,
-    VOCAB: tl.constexpr,
-) -> tl.tensor:
-    """As `_smallest_limit` over the whole row, where `low` is known to weigh `below` < goal, and `high` about `above`.
-
-    Every pass tries the interpolated limit from both sides and the middle, so that it cuts the range to a half at
-    worst, to an eighth where the weight is smooth; and draws the range in to the keys that are there.
-    """
-    while high - low > 1:
-        width = high - low
-        part = tl.minimum(tl.maximum((goal - below) / tl.maximum(above - below, 1e-30), 0.0), 1.0)
-        aim = low + (part * width.to(tl.float32)).to(tl.int32)
-        left = tl.minimum(tl.maximum(aim - width // 16, low + 1), high - 1)
-        right = tl.minimum(tl.maximum(aim, low + 1) + width // 16, high - 1)
-        right = tl.maximum(right, left)
-        middle = low + width // 2
-        left_sum = tl.zeros([CHUNK], tl.float32)
-        right_sum = tl.zeros([CHUNK], tl.float32)
-        middle_sum = tl.zeros([CHUNK], tl.float32)
-        least = tl.full([CHUNK], INFINITE, tl.int32)
-        most = tl.full([CHUNK], -1, tl.int32)
-        for chunk in range(triton.cdiv(VOCAB, CHUNK)):
-            columns = chunk * CHUNK + tl.arange(0, CHUNK)
-            d = (peak - read(row, columns, columns < VOCAB)) * scale
-            keys = key(d)
-            weights = tl.where(by_count, tl.where(columns < VOCAB, 1.0, 0.0), tl.exp2(-d))
-            left_sum += tl.where(keys <= left, weights, 0.0)
-            right_sum += tl.where(keys <= right, weights, 0.0)
-            middle_sum += tl.where(keys <= middle, weights, 0.0)
-            within = (keys > low) & (keys <= high)
-            least = tl.where(within, tl.minimum(least, keys), least)
-            most = tl.where(within, tl.maximum(most, keys), most)
-        bottom, top = tl.min(least, 0), tl.max(most, 0)
-        for attempt in tl.static_range(3):
-            if attempt == 0:
-                limit, weight = left, tl.sum(left_sum, 0)
-            elif attempt == 1:
-                limit, weight = right, tl.sum(right_sum, 0)
-            else:
-                limit, weight = middle, tl.sum(middle_sum, 0)
-            if weight >= goal:
-                if limit < high:
-                    high, above = limit, weight
-            elif limit > low:
-                low, below = limit, weight
-        low = tl.maximum(low, bottom - 1)
-        high = tl.where(top >= 0, tl.minimum(high, top), high)
-    return high
 
 
 @triton.jit
@@ -282,14 +211,17 @@ def _draw(
                 worth = tl.where(stage == 0, tl.where(listed, 1.0, 0.0), weights)
                 head = tl.sum(tl.where(keys <= tl.minimum(limit, floor), worth, 0.0), 0)
                 if closed | (head >= goal):
-                    limit = _smallest_limit(keys, worth, goal, tl.minimum(limit, floor))
+                    limit = smallest_limit(keys, worth, goal, token, tl.minimum(limit, floor))
                     closed = limit <= floor
                 else:
                     high = limit
                     if stage == 1:  # tokens of 2 ** -edge and less weigh at most (1 - top_p) * total together
                         edge = tl.log2(total + VOCAB) - tl.log2((1.0 - top_p) * total)
                         high = tl.maximum(tl.minimum(limit, key(edge)), floor + 1)
-                    limit = _row_limit(row, peak, scale, goal, stage == 0, floor, head, high, total, VOCAB)
+                    few = ids + SHORT
+                    limit = row_limit(
+                        row, few, peak, scale, goal, stage == 0, floor, head, high, total, VOCAB, SHORT * GROUP
+                    )
         if closed:
             chosen = _locate(tl.where(keys <= limit, weights, 0.0), number, SHORT * GROUP)
             token = tl.load(ids + chosen // GROUP).to(tl.int32) * GROUP + chosen % GROUP

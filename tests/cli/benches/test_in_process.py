@@ -42,6 +42,13 @@ def test_vision_times_the_tower_and_the_preprocessing_at_three_numbers_of_worker
     assert all(row["images_per_s"] > 0 for row in result["rows"])
 
 
+def test_pixels_of_a_shape_are_measured_without_its_weights(bench: Bench) -> None:
+    words = ["--shape", "qwen2-vl-2b", "--pixels-only", "--images", "3", "--image-size", "224x112"]
+    rows = bench("vision", *words)["rows"]
+    assert [row["workers"] for row in rows] == [1, 2, 4]
+    assert {row["tokens_per_image"] for row in rows} == {8 * 4}
+
+
 def test_a_shapes_weights_are_written_once_for_all_calls(tiny: Path, bench: Bench) -> None:
     words = ["--shape", "tiny", "--device", "cpu", "--batch", "1", "--context", "80", "--storage", str(tiny)]
     bench("decode", *words, "--steps", "4")

@@ -94,7 +94,7 @@ def tokens_of(sampler: DeviceSampler, logits: torch.Tensor, slots: list[int]) ->
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=NAMES)
-@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("scale", [3.0] if INTERPRETED else [0.1, 3.0])
 def test_every_row_is_the_draw_of_the_reference(mix: dict[str, Any], scale: float) -> None:
     rows, params = ROWS, SamplingParams(**mix)
     prompt, output, forbidden = [1, 2, 3, 3], [4, 5, 5, 6], [7, 299]
@@ -129,11 +129,11 @@ def test_logits_of_every_type_are_sampled_as_they_are(dtype: torch.dtype) -> Non
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("steps", [0, 4], ids=["all different", "few values"])
+@pytest.mark.parametrize("steps", [4] if INTERPRETED else [0, 4])
 def test_a_nucleus_wider_than_any_shortlist(mix: dict[str, Any], steps: int) -> None:
     vocab, rows, params = 9000, 1 if INTERPRETED else 4, SamplingParams(temperature=2.0, **mix)
     logits, sampler = draw_logits(rows, vocab, seed=3), device_sampler(rows, vocab)
-    if steps:
+    if steps:  # few different values
         logits = (logits * steps).round() / steps
     for row in range(rows):
         sampler.assign(row, params, row, NO_PROMPT, [1, 2], [5])
@@ -141,7 +141,7 @@ def test_a_nucleus_wider_than_any_shortlist(mix: dict[str, Any], steps: int) -> 
         assert_is_the_draw(token, probabilities(logits[row], params, [], [1, 2], [5]), number_of(row, 2))
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 15, 17, 4096, 4097, 9000])
+@pytest.mark.parametrize("vocab", [1, 17, 4097] if INTERPRETED else [1, 2, 15, 17, 4096, 4097, 9000])
 def test_vocabularies_that_no_block_divides(vocab: int) -> None:
     mixes: list[dict[str, Any]] = [
         {},
@@ -178,17 +178,17 @@ def test_steps_move_on_and_penalties_follow_what_was_chosen() -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    vocab = 5000
-    logits = draw_logits(len(MIXES), vocab)
+    vocab, mixes = 5000, MIXES[1::3] if INTERPRETED else MIXES
+    logits = draw_logits(len(mixes), vocab)
 
     def sample_in(order: list[int], together: bool) -> dict[int, int]:
-        sampler = device_sampler(len(MIXES), vocab)
-        for slot, mix in enumerate(MIXES):
+        sampler = device_sampler(len(mixes), vocab)
+        for slot, mix in enumerate(mixes):
             sampler.assign(slot, SamplingParams(**mix), slot, np.array([1, 2]), [3, 3], [8])
         batches = [order] if together else [[slot] for slot in order]
         return {s: t for batch in batches for s, t in zip(batch, tokens_of(sampler, logits[batch], batch), strict=True)}
 
-    order = list(range(len(MIXES)))
+    order = list(range(len(mixes)))
     assert sample_in(order, True) == sample_in(order[::-1], True) == sample_in(order, False)
 
 
@@ -218,12 +218,15 @@ def test_equal_logits_give_the_first_token_when_greedy() -> None:
 
 @pytest.mark.parametrize("mix", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.7}], ids=str)
 def test_ties_at_the_edge_are_all_kept(mix: dict[str, Any]) -> None:
-    rows = 20
-    sampler, params = device_sampler(rows, 5), SamplingParams(temperature=20.0, **mix)
-    for row in range(rows):
-        sampler.assign(row, params, row, NO_PROMPT, [], [])
-    logits = torch.tensor([1.0, 3.0, 1.0, 1.0, -500.0]).expand(rows, 5)
-    assert set(tokens_of(sampler, logits, list(range(rows)))) == {0, 1, 2, 3}
+    seeds = [
+        next(seed for seed in range(99) if abs(number_of(seed, 0) - middle) < 0.1)
+        for middle in (0.12, 0.38, 0.62, 0.88)
+    ]
+    sampler, params = device_sampler(4, 5), SamplingParams(temperature=20.0, **mix)
+    for row, seed in enumerate(seeds):
+        sampler.assign(row, params, seed, NO_PROMPT, [], [])
+    logits = torch.tensor([1.0, 3.0, 1.0, 1.0, -500.0]).expand(4, 5)
+    assert tokens_of(sampler, logits, [0, 1, 2, 3]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)

@@ -84,11 +84,12 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     torch.cuda.synchronize(device)
     occupied = before - torch.cuda.mem_get_info(device)[0]
     kv = PagedKVCache(slots=slots, blocks=blocks, block_size=block_size, context_length=context_length)
+    weight_bytes = weights.nbytes + (tower.weight_bytes if tower is not None else 0)
     memory = ModelMemory(
-        weights=weights.nbytes,
+        weights=weight_bytes,
         kv=decoder.kv_bytes,
         kv_per_token=block_bytes // block_size,
-        workspace=max(0, occupied - weights.nbytes - decoder.kv_bytes),
+        workspace=max(0, occupied - weight_bytes - decoder.kv_bytes),
         host=psutil.Process(os.getpid()).memory_info().rss,
     )
     limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=False)

@@ -21,6 +21,11 @@ _ELEMENT_TYPES = {
     torch.bfloat16: 16,
 }
 _EAGER = -1
+_PROVIDER = {
+    "enable_cuda_graph": "1",
+    "arena_extend_strategy": "kSameAsRequested",
+    "use_tf32": "0",
+}
 
 
 class Binding(Protocol):
@@ -74,18 +79,17 @@ class CudaSession:
         # The graph is final as it stands. Fusions would rob MatMulNBits of its fast kernels, and constant folding
         # would read weights from the file.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # A memory plan is kept for every combination of shapes ever seen, and those of prefill and images never end.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
         self._weights = {weight.name: ort.OrtValue.from_dlpack(weights[weight.name]) for weight in graph.weights}
         for name, value in self._weights.items():
             options.add_initializer(name, value)
-        provider = {
+        provider = _PROVIDER | {
             "device_id": str(device.index or 0),
             "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
-            "enable_cuda_graph": "1",
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",
         }
         self._session = ort.InferenceSession(graph.model, options, providers=[("CUDAExecutionProvider", provider)])
         self._session.disable_fallback()

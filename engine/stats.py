@@ -17,7 +17,7 @@ class StepRecord:
     model: str
     started_s: float  # scheduling began
     finished_s: float
-    host_s: float  # the loop's thread worked: its turn without waiting for results (CPU: without the sessions' runs)
+    host_s: float  # the loop's thread worked: its turn without waiting for the device, which on a CPU it is itself
     decode_rows: int  # sequences that decoded
     context_tokens: int  # that these attended to, all together, the new tokens included
     prefill_tokens: int

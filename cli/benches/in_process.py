@@ -29,7 +29,7 @@ from engine.spec import DecoderSpec
 from engine.stats import ModelMemory, StepRecord
 from engine.stream import Stream
 
-TIMEOUT_S = 300.0  # of one row
+TIMEOUT_S = 150.0  # of one row
 _POLL_S = 0.02
 _LETTERS = string.ascii_lowercase + " "
 

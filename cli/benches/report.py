@@ -38,7 +38,8 @@ def attempt(name: str, measure: Callable[[], Row]) -> Row:
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> None:
-    """`columns` are (heading, path) pairs; a path is a key, or key.key."""
+    """`columns` are (heading, path) pairs; a path is a key, or key.key. Those that no row has are left out."""
+    columns = [column for column in columns if any(_figure(row, column[1]) != "-" for row in rows)]
     head = max(24, *(len(row["row"]) + 2 for row in rows)) if rows else 24
     widths = [max(11, len(heading) + 2) for heading, _ in columns]
     print(f"{'':<{head}}" + "".join(f"{heading:>{width}}" for (heading, _), width in zip(columns, widths, strict=True)))

@@ -23,11 +23,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 from engine import wire
 from engine.config import EngineConfig
-from engine.errors import EngineError, EngineStopped
+from engine.errors import DeviceLost, EngineError, EngineStopped
 from engine.request import Chunk, Event, Message, Request
 
 COUNTING_THREADS = 4
@@ -185,6 +186,10 @@ def build_engine(config: EngineConfig) -> ServedEngine:
     """The real engine. Imported here, so that the connection is watched while the libraries load."""
     from engine.engine import Engine
 
+    if folder := os.environ.get("TESSERA_TRACE"):  # set by `./tessera bench serve --trace`
+        from engine.runtime.cuda.trace import serve_traces
+
+        serve_traces(Path(folder))
     return Engine(config)
 
 
@@ -209,7 +214,10 @@ def serve(build: Callable[[EngineConfig], ServedEngine], descriptors: Sequence[s
     host.set_result(Host(_built(build, config, connection), outbox))
     _send(connection, wire.Ready(os.getpid()))
     while True:
-        _send(connection, outbox.take())
+        answer = outbox.take()
+        _send(connection, answer)
+        if lost := [reply for _, reply in answer.replies if isinstance(reply, DeviceLost)]:
+            _refuse(connection, lost[0])  # for everybody else; a new process can use the GPU again, this one cannot
 
 
 def _end_with_thread(death: threading.ExceptHookArgs) -> NoReturn:

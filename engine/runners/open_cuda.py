@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from functools import partial
 
 import psutil
@@ -16,8 +17,10 @@ from engine.errors import DeviceOutOfMemory
 from engine.graphs.cuda import cuda_decoder
 from engine.replica import Replica
 from engine.runners.cuda import CudaRunner
+from engine.runners.kv_budget import BlockSize, kv_budget
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.encoder import open_encoder
+from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.session import CudaSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.sampling.device import DeviceSampler
@@ -39,15 +42,22 @@ def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -
     """
     device = torch.device("cuda", index)
     _take_over(device)
+    torch.cuda.empty_cache()  # of models that were unloaded
     free = torch.cuda.mem_get_info(device)[0]
     try:
-        return _open(name, artifact, config, device, memory_budget(config, free))
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise DeviceOutOfMemory(
-            f"{name} does not fit {device}, which has {free // _MIB} MiB free; unload other models, choose precision"
-            " int8, or a smaller model"
-        ) from error
+        with DeviceFailures(device):
+            return _open(name, artifact, config, device, memory_budget(config, free))
+    except DeviceOutOfMemory as error:
+        problem = str(error)
+        traceback.clear_frames(error.__traceback__)  # they hold what was uploaded
+        if error.__cause__ is not None:
+            traceback.clear_frames(error.__cause__.__traceback__)
+            problem = (
+                f"{name} does not fit {device}, which has {free // _MIB} MiB free; unload other models, choose"
+                " precision int8, or a smaller model"
+            )
+    torch.cuda.empty_cache()
+    raise DeviceOutOfMemory(problem)
 
 
 def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int) -> Replica:
@@ -70,15 +80,15 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         tower.rehearse(_IMAGE_TOKENS)
     torch.cuda.synchronize(device)
     taken = before - torch.cuda.mem_get_info(device)[0]
-    block_bytes = kv_bytes_per_token(spec.decoder, dtype) * block_size
-    blocks = (budget - taken) // block_bytes - 1
-    if blocks < 1:
-        raise DeviceOutOfMemory(
-            f"{name} takes {taken // _MIB} MiB of {device} before any context, and gpu_memory allows"
-            f" {budget // _MIB} MiB; raise gpu_memory, unload other models, or choose precision int8"
-        )
-    context_length = min(spec.decoder.context_length, blocks * block_size)
-    blocks = min(blocks, slots * -(-context_length // block_size))
+    token_bytes = kv_bytes_per_token(spec.decoder, dtype)
+    blocks, context_length = kv_budget(
+        f"{name} on {device}",
+        budget=budget,
+        taken=taken,
+        block=BlockSize(block_size, block_size * token_bytes),
+        slots=slots,
+        model_context=spec.decoder.context_length,
+    )
     decoder = open_decoder(blocks=blocks + 1, block_size=block_size, context_length=context_length)
     decoder.capture()
     torch.cuda.synchronize(device)
@@ -88,7 +98,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     memory = ModelMemory(
         weights=weight_bytes,
         kv=decoder.kv_bytes,
-        kv_per_token=block_bytes // block_size,
+        kv_per_token=token_bytes,
         workspace=max(0, occupied - weight_bytes - decoder.kv_bytes),
         host=psutil.Process(os.getpid()).memory_info().rss,
     )
@@ -117,8 +127,8 @@ def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:
 
 
 def kv_block_size(head_dim: int) -> int:
-    """Tokens per block: the fewest with which PagedAttention takes its fast kernels."""
-    return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+    """Tokens per block. PagedAttention's kernels for large heads take fewer, and up to 128 are slower on less."""
+    return 256 if head_dim <= 128 else 64
 
 
 def kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ FloatType = Literal["float16", "bfloat16", "float32"]
 class RopeSpec:
     """Rotary embedding. `mrope_section` holds pairs per axis (temporal, height, width); empty for plain rotary.
 
+    The axes' pairs lie behind each other, or one by one in turn if `mrope_interleaved`, the temporal axis at the end.
     `inv_freq` (head_dim / 2 values) already includes the checkpoint's scaling rule (llama3, linear, ...), and
     `attention_scale` multiplies cosine and sine.
     """
@@ -20,6 +21,7 @@ class RopeSpec:
     inv_freq: tuple[float, ...]
     attention_scale: float = 1.0
     mrope_section: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
 
     @property
     def axes(self) -> int:
@@ -42,6 +44,7 @@ class DecoderSpec:
     attention_out_bias: bool
     mlp_bias: bool
     tied_head: bool
+    qk_norm: bool = False  # RMS norm over each head of queries and keys, before rotary embedding
 
     @property
     def kv_bytes_per_token(self) -> int:

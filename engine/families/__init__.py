@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families import llama, qwen2, qwen2_vl, smolvlm
+from engine.families import llama, qwen2, qwen2_vl, qwen3, qwen3_vl, smolvlm
 from engine.families.family import CheckpointConfig, Family, Weight
 
 __all__ = ["FAMILIES", "CheckpointConfig", "Family", "Weight", "family_for"]
 
-FAMILIES: tuple[Family, ...] = (smolvlm.FAMILY, qwen2_vl.FAMILY, llama.FAMILY, qwen2.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    smolvlm.FAMILY,
+    qwen2_vl.FAMILY,
+    qwen3_vl.FAMILY,
+    llama.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+)
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.families.family import CheckpointConfig, Source, Weight, linear, plain
-from engine.families.rope import read_rope
+from engine.families.rope import MRope, read_rope
 from engine.families.section import Section
 from engine.spec import DecoderSpec, TokenIds
 
@@ -23,8 +23,10 @@ class DecoderDefaults:
     norm_eps: float
     theta: float
     context_length: int
+    head_dim: int = 0  # 0: hidden / heads
     qkv_bias: bool = False
-    axes: int = 1
+    qk_norm: bool = False
+    mrope: MRope | None = None
 
 
 def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> DecoderSpec:
@@ -33,7 +35,7 @@ def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> Dec
     heads = text.integer("num_attention_heads", defaults.heads)
     kv_heads = text.integer("num_key_value_heads", defaults.kv_heads or heads)
     text.divided("num_attention_heads", heads, kv_heads)
-    head_dim = text.integer("head_dim", 0) or text.divided("hidden_size", hidden, heads)
+    head_dim = text.integer("head_dim", defaults.head_dim) or text.divided("hidden_size", hidden, heads)
     if head_dim % 16:
         # GroupQueryAttention's rotary embedding works on groups of sixteen floats.
         raise text.fail("head_dim", f"a multiple of 16, not {head_dim} (left out, it is hidden_size / heads)")
@@ -51,12 +53,13 @@ def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> Dec
         intermediate=text.integer("intermediate_size", defaults.intermediate),
         vocab=text.integer("vocab_size", defaults.vocab),
         norm_eps=text.number("rms_norm_eps", defaults.norm_eps),
-        rope=read_rope(text, head_dim, theta=defaults.theta, context_length=context_length, axes=defaults.axes),
+        rope=read_rope(text, head_dim, theta=defaults.theta, context_length=context_length, mrope=defaults.mrope),
         context_length=context_length,
         qkv_bias=defaults.qkv_bias or attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=text.boolean("mlp_bias", False),
         tied_head=tied,
+        qk_norm=defaults.qk_norm,
     )
 
 
@@ -92,8 +95,18 @@ def _layer_weights(spec: DecoderSpec, name: str, source: str) -> list[Weight]:
     return [
         plain(f"{name}.attention_norm.weight", f"{source}.input_layernorm.weight", spec.hidden),
         *linear(f"{name}.qkv", qkv, spec.hidden, spec.qkv_bias),
+        *_head_norms(spec, name, attention),
         *linear(f"{name}.out", ((f"{attention}.o_proj", spec.hidden),), queries, spec.attention_out_bias),
         plain(f"{name}.mlp_norm.weight", f"{source}.post_attention_layernorm.weight", spec.hidden),
         *linear(f"{name}.gate_up", gate_up, spec.hidden, spec.mlp_bias),
         *linear(f"{name}.down", ((f"{mlp}.down_proj", spec.hidden),), spec.intermediate, spec.mlp_bias),
     ]
+
+
+def _head_norms(spec: DecoderSpec, name: str, attention: str) -> tuple[Weight, ...]:
+    if not spec.qk_norm:
+        return ()
+    return (
+        plain(f"{name}.query_norm.weight", f"{attention}.q_norm.weight", spec.head_dim),
+        plain(f"{name}.key_norm.weight", f"{attention}.k_norm.weight", spec.head_dim),
+    )

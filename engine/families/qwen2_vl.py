@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.families.decoder import DecoderDefaults, decoder_weights, read_decoder, read_tokens
 from engine.families.family import CheckpointConfig, Family, Source, Weight, layer_norm, linear
+from engine.families.rope import MRope
 from engine.families.section import Section
 from engine.families.vision import ACTIVATIONS, read_norm
 from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec
@@ -19,7 +20,7 @@ _DECODER = DecoderDefaults(
     theta=1_000_000.0,
     context_length=32768,
     qkv_bias=True,
-    axes=3,
+    mrope=MRope((16, 24, 24)),
 )
 # OpenAI CLIP's statistics, the default of Qwen2-VL's image processor.
 _NORM = PixelNorm(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))

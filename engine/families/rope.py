@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,17 @@ from engine.spec import RopeSpec
 _TYPES = ("default", "mrope", "linear", "llama3")
 
 
-def read_rope(text: Section, head_dim: int, *, theta: float, context_length: int, axes: int = 1) -> RopeSpec:
+@dataclass(frozen=True, slots=True)
+class MRope:
+    """A family's three-axis rotary embedding: the section that config.json may leave out, and how axes are mixed."""
+
+    section: tuple[int, int, int]
+    interleaved: bool = False
+
+
+def read_rope(
+    text: Section, head_dim: int, *, theta: float, context_length: int, mrope: MRope | None = None
+) -> RopeSpec:
     """Frequencies as `transformers.modeling_rope_utils` computes them.
 
     transformers 5 writes `rope_parameters`; before, `rope_theta` stood beside an optional `rope_scaling`. `theta` is
@@ -34,7 +45,8 @@ def read_rope(text: Section, head_dim: int, *, theta: float, context_length: int
         inv_freq = _llama3(inv_freq, rope, context_length)
     return RopeSpec(
         inv_freq=tuple(float(value) for value in inv_freq),
-        mrope_section=_mrope_section(rope, head_dim) if axes == 3 else (),
+        mrope_section=_mrope_section(rope, head_dim, mrope) if mrope else (),
+        mrope_interleaved=mrope is not None and mrope.interleaved,
     )
 
 
@@ -51,8 +63,10 @@ def _llama3(inv_freq: NDArray[np.float32], rope: Section, context_length: int) -
     return kept.astype(np.float32)
 
 
-def _mrope_section(rope: Section, head_dim: int) -> tuple[int, ...]:
-    value = rope.get("mrope_section") or [16, 24, 24]
+def _mrope_section(rope: Section, head_dim: int, mrope: MRope) -> tuple[int, ...]:
+    if rope.boolean("mrope_interleaved", mrope.interleaved) != mrope.interleaved:
+        raise rope.fail("mrope_interleaved", f"{str(mrope.interleaved).lower()} for this architecture")
+    value = rope.get("mrope_section") or list(mrope.section)
     valid = isinstance(value, list) and len(value) == 3 and all(isinstance(pairs, int) for pairs in value)
     if not valid or sum(value) != head_dim // 2:
         raise rope.fail("mrope_section", f"three integers that add up to half of head_dim, {head_dim // 2}")

@@ -86,6 +86,14 @@ def make_case(model: PreTrainedModel, spec: ModelSpec, images: list[Picture], le
     return Case(token_ids, positions, index, images, features, logits)
 
 
+def logits_at(model: PreTrainedModel, token_ids: NDArray[Any], positions: NDArray[Any]) -> NDArray[np.float32]:
+    """The reference's, of text at three positions each."""
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor(token_ids)[None], position_ids=torch.tensor(positions)[:, None])
+    logits: NDArray[np.float32] = output.logits[0].numpy()
+    return logits
+
+
 def _reference_inputs(spec: ModelSpec, images: list[Picture], token_ids: NDArray[np.int64]) -> dict[str, Any]:
     three_axis = spec.decoder.rope.axes == 3
     types = torch.tensor((token_ids == IMAGE_TOKEN).astype(np.int64))[None]

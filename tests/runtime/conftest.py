@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.runtime import Decoder, Encoder
 from engine.spec import ModelSpec, Precision
 from tests.runtime import models
-from tests.runtime.cases import Case, make_case, pictures
+from tests.runtime.cases import Case, logits_at, make_case, pictures
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "smolvlm": models.smolvlm,
@@ -24,6 +24,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2_vl": models.qwen2_vl,
     "llama": lambda: models.llama(head_dim=32, num_key_value_heads=1, mlp_bias=True, attention_bias=True),
     "qwen2": lambda: models.qwen2(num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen3": models.qwen3,
+    "qwen3_vl": models.qwen3_vl,
 }
 # Split and unsplit tiles; grids of several sizes, two of them alike.
 SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -32,6 +34,8 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "qwen2_vl": [(4, 6), (2, 2), (4, 6), (8, 2)],
     "llama": [],
     "qwen2": [],
+    "qwen3": [],
+    "qwen3_vl": [],
 }
 ROWS, CONTEXT, PROMPT, STEPS = 6, 160, 113, 32
 
@@ -67,6 +71,12 @@ class Tiny:
     def text_case(self, length: int, seed: int) -> Case:
         return make_case(self.reference, self.spec, [], length, seed)
 
+    def case_anywhere(self, length: int, seed: int) -> Case:
+        """Text at positions that differ from axis to axis."""
+        case = self.text_case(length, seed)
+        positions = np.random.default_rng(seed).integers(0, CONTEXT, (self.spec.decoder.rope.axes, length))
+        return replace(case, positions=positions, logits=logits_at(self.reference, case.token_ids, positions))
+
     def features(self, precision: Precision) -> NDArray[np.float32]:
         """What our own encoder makes of the case's images."""
         if not self.case.pictures:
@@ -81,6 +91,12 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl"])
 def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return _make(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=["qwen2_vl", "qwen3_vl"])
+def tiny_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Three rotary positions per token."""
     return _make(request.param, tmp_path_factory)
 
 

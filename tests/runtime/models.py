@@ -16,6 +16,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -100,6 +104,25 @@ def llama(**changes: Any) -> PreTrainedModel:
 
 def qwen2(**changes: Any) -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**_text(**changes)))  # type: ignore[no-untyped-call]
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**_text(head_dim=32, **changes)))  # type: ignore[no-untyped-call]
+
+
+def qwen3_vl(**text: Any) -> PreTrainedModel:
+    """The tower is there, and as small as can be: only the decoder is run."""
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    tower = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "patch_size": 4}
+    config = Qwen3VLConfig(
+        text_config=_text(rope_parameters=rope, head_dim=16, **text),
+        vision_config=tower | {"out_hidden_size": 64, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=98,
+        vision_start_token_id=95,
+        vision_end_token_id=96,
+    )
+    return Qwen3VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -58,3 +58,9 @@ def test_a_prefix_put_back_from_another_row_continues_as_the_reference(tiny: Tin
     decoder.write_kv(3, 32, decoder.read_kv(0, 32, 64))
     assert relative_error(prefill(decoder, 3, case, 64, PROMPT), case.logits[64:PROMPT]) < TOLERANCE
     assert relative_error(decode(decoder, [(3, case, PROMPT)]), case.logits[PROMPT : PROMPT + 1]) < TOLERANCE
+
+
+def test_three_positions_that_differ_turn_as_in_the_reference(tiny_mrope: Tiny) -> None:
+    case = tiny_mrope.case_anywhere(40, seed=6)
+    found = prefill(tiny_mrope.decoder("fp32"), 0, case, 0, len(case))
+    assert relative_error(found, case.logits) < TOLERANCE

@@ -95,7 +95,7 @@ class CpuDecoderDialect:
         past = [builder.input(DecoderInputs.past(part, layer), np.float32, shape) for part in parts]
         packed = builder.op("Reshape", qkv, self._shape)
         rotate_inside = self._positions is None
-        query, key, value = (packed, None, None) if rotate_inside else self._rotate(packed)
+        query, key, value = self._query_key_value(packed, f"layers.{layer}")
         output, *present = builder.ops(
             "GroupQueryAttention",
             *(query, key, value, *past, self._last, self._longest),
@@ -109,21 +109,36 @@ class CpuDecoderDialect:
         self._presents += zip((DecoderInputs.present(part, layer) for part in parts), present, strict=True)
         return builder.reshape(output, -1, spec.heads * spec.head_dim)
 
-    def _rotate(self, packed: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Three-axis rotary embedding, which GroupQueryAttention does not do itself."""
+    def _query_key_value(
+        self, packed: ir.Value, layer: str
+    ) -> tuple[ir.Value, ir.Value, ir.Value] | tuple[ir.Value, None, None]:
+        """[B, S, heads * head_dim] each, or side by side where nothing is to be done that the operator does not do."""
         builder, spec = self.builder, self._spec
-        widths = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
+        if not spec.qk_norm and self._positions is None:
+            return packed, None, None
+        widths = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
         query, key, value = builder.ops("Split", packed, builder.constant(widths, np.int64), outputs=3, axis=-1)
-        query, key = (
-            builder.op(
-                *("MRotaryEmbedding", x, self._positions, *self._rotary),
-                domain=MICROSOFT,
-                mrope_section=spec.rope.mrope_section,
-                num_heads=heads,
-            )
-            for x, heads in ((query, spec.heads), (key, spec.kv_heads))
-        )
+        if spec.qk_norm:
+            query, key = self._head_norm(query, f"{layer}.query_norm"), self._head_norm(key, f"{layer}.key_norm")
+        if self._positions is not None:
+            query, key = self._rotate(query, spec.heads), self._rotate(key, spec.kv_heads)
         return query, key, value
+
+    def _head_norm(self, x: ir.Value, name: str) -> ir.Value:
+        """The operator's own norm of queries and keys is not there on this provider."""
+        heads = self.builder.reshape(x, -1, self._spec.head_dim)
+        return self.builder.op("Reshape", self.rms_norm(heads, name, self._spec.norm_eps), self._shape)
+
+    def _rotate(self, x: ir.Value, heads: int) -> ir.Value:
+        """Three-axis rotary embedding, which GroupQueryAttention does not do itself."""
+        rope = self._spec.rope
+        return self.builder.op(
+            *("MRotaryEmbedding", x, self._positions, *self._rotary),
+            domain=MICROSOFT,
+            mrope_section=rope.mrope_section,
+            mrope_layout=int(rope.mrope_interleaved),
+            num_heads=heads,
+        )
 
     def output_cache(self) -> None:
         """Declare the cache's outputs, after the logits."""

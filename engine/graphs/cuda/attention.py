@@ -1,0 +1,80 @@
+"""Attention in 16 bits: one operator that rotates, writes the cache and attends."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from engine.graphs.builder import MICROSOFT
+from engine.graphs.cuda.heads import Heads
+from engine.graphs.cuda.inputs import StepInputs
+from engine.graphs.cuda.weights import CudaBuilder
+from engine.spec import DecoderSpec
+
+PARTS = ("key", "value")
+
+
+class PagedAttention:
+    """One node per layer for all sequences of a step, prefilling or decoding."""
+
+    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int) -> None:
+        self._builder = builder
+        self._spec = spec
+        self._heads = Heads(builder, spec, positions)
+        self._starts = builder.input(StepInputs.STARTS, np.int32, ["B1"])
+        self._past = builder.input(StepInputs.PAST, np.int32, ["B"])
+        self._blocks = builder.input(StepInputs.BLOCK_TABLE, np.int32, ["B", "M"])
+        self._bounds = builder.input(StepInputs.BOUNDS, np.int32, [3])
+        self._positions = self._position_input() if spec.rope.axes == 3 else None
+        self._caches: list[tuple[str, ir.Value]] = []
+
+    def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
+        """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
+        builder, spec = self._builder, self._spec
+        caches = [self._cache_input(part, layer) for part in PARTS]
+        norms = self._heads.norm_weights(layer)
+        rotate_inside = self._positions is None
+        output, *written = builder.ops(
+            "PagedAttention",
+            *((qkv, None, None) if rotate_inside else self._rotated(qkv, norms)),
+            *(*caches, self._starts, self._past, self._blocks),
+            *(self._heads.tables if rotate_inside else (None, None)),
+            *(None, None),  # slot mapping, head sink
+            *(norms if rotate_inside else (None, None)),
+            *(None, None),  # scales of keys and values
+            self._bounds,
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            do_rotary=int(rotate_inside),
+            qk_norm_epsilon=spec.norm_eps,
+        )
+        self._caches += zip((StepInputs.cache_out(part, layer) for part in PARTS), written, strict=True)
+        return output
+
+    def output_cache(self) -> None:
+        """Declare the caches as outputs, after the logits."""
+        for name, value in self._caches:
+            self._builder.output(value, name, self._builder.dtype.type)
+
+    def _cache_input(self, part: str, layer: int) -> ir.Value:
+        shape = ("blocks", "block_size", self._spec.kv_heads, self._spec.head_dim)
+        return self._builder.input(StepInputs.cache(part, layer), self._builder.dtype.type, shape)
+
+    def _position_input(self) -> ir.Value:
+        """[3, 1, T] of the type that MRotaryEmbedding takes."""
+        builder = self._builder
+        positions = builder.input(StepInputs.POSITIONS, np.int32, [3, "T"])
+        return builder.op("Cast", builder.reshape(positions, 3, 1, -1), to=int(ir.DataType.INT64))
+
+    def _rotated(
+        self, qkv: ir.Value, norms: tuple[ir.Value | None, ir.Value | None]
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Three-axis rotary embedding, which the operator does not do itself, and the norm that comes before it."""
+        heads, spec, positions = self._heads, self._spec, self._positions
+        assert positions is not None
+        query, key, value = heads.split(qkv)
+        query = heads.rotate(heads.norm(query, spec.heads, norms[0]), spec.heads, positions)
+        key = heads.rotate(heads.norm(key, spec.kv_heads, norms[1]), spec.kv_heads, positions)
+        return query, key, value

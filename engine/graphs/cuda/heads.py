@@ -1,0 +1,62 @@
+"""Queries, keys and values on their way to attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from engine.graphs.builder import MICROSOFT
+from engine.graphs.cuda.weights import CudaBuilder
+from engine.graphs.rotary import rotary_tables
+from engine.spec import DecoderSpec
+
+
+class Heads:
+    """Each method takes and gives [T, heads * head_dim]."""
+
+    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int) -> None:
+        """`tables` are cosine and sine of positions below `positions`, [positions, head_dim / 2]."""
+        self._builder = builder
+        self._spec = spec
+        self.tables = rotary_tables(builder, spec.rope, positions, builder.dtype.type)
+
+    def split(self, packed: ir.Value) -> Sequence[ir.Value]:
+        """Queries, keys and values, which lie side by side."""
+        spec = self._spec
+        widths = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+        return self._builder.ops("Split", packed, self._builder.constant(widths, np.int64), outputs=3, axis=-1)
+
+    def norm_weights(self, layer: int) -> tuple[ir.Value, ir.Value] | tuple[None, None]:
+        """Of queries and keys, if the model norms them."""
+        if not self._spec.qk_norm:
+            return None, None
+        query, key = (self._builder.device_weight(f"layers.{layer}.{part}_norm.weight") for part in ("query", "key"))
+        return query, key
+
+    def norm(self, x: ir.Value, heads: int, weight: ir.Value | None) -> ir.Value:
+        """RMS norm over each head; x itself without a weight."""
+        if weight is None:
+            return x
+        builder, spec = self._builder, self._spec
+        rows = builder.reshape(x, -1, spec.head_dim)
+        normed = builder.op("SimplifiedLayerNormalization", rows, weight, axis=-1, epsilon=spec.norm_eps)
+        return builder.reshape(normed, -1, heads * spec.head_dim)
+
+    def rotate(self, x: ir.Value, heads: int, positions: ir.Value) -> ir.Value:
+        """By positions int64 [3, 1, T] or [1, T]."""
+        builder, rope = self._builder, self._spec.rope
+        width = heads * self._spec.head_dim
+        batch = builder.reshape(x, 1, -1, width)
+        if rope.axes == 1:
+            rotated = builder.op("RotaryEmbedding", batch, positions, *self.tables, domain=MICROSOFT)
+        else:
+            rotated = builder.op(
+                *("MRotaryEmbedding", batch, positions, *self.tables),
+                domain=MICROSOFT,
+                mrope_section=rope.mrope_section,
+                mrope_layout=int(rope.mrope_interleaved),
+                num_heads=heads,
+            )
+        return builder.reshape(rotated, -1, width)

@@ -1,0 +1,97 @@
+"""Packed steps of cases that have a reference: who computes what, in blocks that lie anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.graphs.cuda import cuda_decoder
+from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.step import PackedStep
+from engine.runtime.cuda.weights import DeviceWeights, torch_type
+from engine.spec import FloatType, Precision
+from tests.cuda.reference import ReferenceSession
+from tests.runtime.cases import Case
+from tests.runtime.conftest import Tiny
+
+CPU = torch.device("cpu")
+SLOTS, BLOCK, CONTEXT, STEP_TOKENS = 4, 16, 160, 160
+
+
+class Part(NamedTuple):
+    """Tokens [start, stop) of a case, in the blocks of a slot."""
+
+    slot: int
+    case: Case
+    start: int
+    stop: int
+
+
+class Paged:
+    """A decoder on the reference session; every step gives the logits of each part's last token."""
+
+    def __init__(self, tiny: Tiny, precision: Precision, activations: FloatType, **options: Any) -> None:
+        artifact = tiny.artifact(precision)
+        graph = cuda_decoder(artifact, activations, CONTEXT)
+        self.session = ReferenceSession(graph.model, DeviceWeights(artifact, CPU).upload(graph.weights))
+        self.dtype = torch_type(activations)
+        self.slot_tokens = torch.zeros(SLOTS + 1, dtype=torch.int32)
+        columns = -(-CONTEXT // BLOCK)
+        self.decoder = PagedDecoder(
+            self.session,
+            tiny.spec.decoder,
+            self.slot_tokens,
+            dtype=self.dtype,
+            blocks=SLOTS * columns + 1,
+            block_size=BLOCK,
+            slots=SLOTS,
+            context_length=CONTEXT,
+            step_tokens=STEP_TOKENS,
+            **options,
+        )
+        order = np.random.default_rng(0).permutation(SLOTS * columns) + 1
+        self._tables = order.reshape(SLOTS, columns).astype(np.int32)
+
+    def step(self, *parts: Part) -> NDArray[np.float32]:
+        """One packed call."""
+        slots = np.array([part.slot for part in parts], np.int32)
+        counts = np.array([part.stop - part.start for part in parts], np.int32)
+        past = np.array([part.start for part in parts], np.int32)
+        features, index = _features(parts, self.dtype)
+        step = PackedStep(
+            ids=_joined([part.case.token_ids[part.start : part.stop] for part in parts]),
+            positions=np.concatenate([part.case.positions[:, part.start : part.stop] for part in parts], 1).astype(
+                np.int32
+            ),
+            counts=counts,
+            past=past,
+            tables=self._tables[slots, : -(-int((past + counts).max()) // BLOCK)],
+            logits_rows=np.cumsum(counts, dtype=np.int32) - 1,
+            slots=slots,
+            features=features,
+            feature_index=index,
+        )
+        logits, given = self.decoder.run(step)
+        assert given.tolist() == slots.tolist()
+        return logits.float().numpy().copy()
+
+
+def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
+    return np.concatenate(parts).astype(np.int32)
+
+
+def _features(parts: Sequence[Part], dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[np.int32]] | tuple[None, None]:
+    """All cases' features behind each other, none if no token of the parts is of an image."""
+    index, before = [], 0
+    for part in parts:
+        rows = part.case.feature_index[part.start : part.stop]
+        index.append(np.where(rows < 0, -1, rows + before))
+        before += len(part.case.features)
+    joined = _joined(index)
+    if (joined < 0).all():
+        return None, None
+    return torch.from_numpy(np.concatenate([part.case.features for part in parts])).to(dtype), joined

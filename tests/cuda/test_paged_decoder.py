@@ -1,0 +1,38 @@
+"""The decoders of the CUDA dialect against transformers, in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.spec import FloatType, Precision
+from tests.cuda.paged import Paged, Part
+from tests.runtime.cases import relative_error
+from tests.runtime.conftest import PROMPT, STEPS, Tiny, tiny, tiny_mrope
+
+__all__ = ["tiny", "tiny_mrope"]
+
+
+@pytest.mark.parametrize(("precision", "activations", "limit"), [("fp16", "float16", 1e-2), ("bf16", "bfloat16", 8e-2)])
+def test_chunks_and_decoding_rows_in_one_call_give_the_references_logits(
+    tiny: Tiny, precision: Precision, activations: FloatType, limit: float
+) -> None:
+    paged, case = Paged(tiny, precision, activations), tiny.case
+    other, third = tiny.text_case(60, 3), tiny.text_case(70, 4)
+    steps = [
+        [Part(2, case, 0, 50)],
+        [Part(2, case, 50, PROMPT), Part(0, other, 0, 33)],
+        [Part(0, other, 33, 34), Part(2, case, PROMPT, PROMPT + 1), Part(3, third, 0, 17)],
+        [Part(3, third, 17, 18), Part(2, case, PROMPT + 1, PROMPT + 2), Part(0, other, 34, 60)],
+        *[[Part(2, case, PROMPT + n, PROMPT + n + 1), Part(3, third, 16 + n, 17 + n)] for n in range(2, STEPS)],
+    ]
+    found = np.concatenate([paged.step(*parts) for parts in steps])
+    wanted = np.stack([part.case.logits[part.stop - 1] for parts in steps for part in parts])
+    assert relative_error(found, wanted) < limit
+
+
+def test_three_positions_that_differ_turn_as_in_the_reference(tiny_mrope: Tiny) -> None:
+    case = tiny_mrope.case_anywhere(40, seed=6)
+    paged = Paged(tiny_mrope, "fp16", "float16")
+    found = [paged.step(Part(1, case, start, stop)) for start, stop in ((0, 20), (20, 39), (39, 40))]
+    assert relative_error(np.concatenate(found), case.logits[[19, 38, 39]]) < 1e-2

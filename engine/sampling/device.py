@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.request import SamplingParams
 from engine.sampling.device_torch import TorchSampling
-from engine.sampling.record import FIRST_FORBIDDEN, seen_counts, write_record
+from engine.sampling.record import FIRST_FORBIDDEN, IN_PROMPT, seen_tokens, write_record
 
 _log = logging.getLogger(__name__)
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,7 +77,7 @@ class DeviceSampler:
         write_record(staged.numpy(), params, self.vocab, seed, len(output), forbidden)
         self._table[slot, :width].copy_(staged, non_blocking=True)
         if params.has_penalties:
-            self._count(slot, *seen_counts(params, prompt, output, self.vocab))
+            self._count(slot, *seen_tokens(params, prompt, output, self.vocab))
 
     def sample(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """The next token of each row: int32 [R], also in slot_tokens[slots]; NO_TOKEN for a row that is not a number.
@@ -98,14 +98,16 @@ class DeviceSampler:
         """Bytes of the tables kept for the slots; grows once, with the first penalty."""
         return sum(tensor.nbytes for tensor in (self.slot_tokens, self._table, self._counts))
 
-    def _count(self, slot: int, tokens: NDArray[np.int64], counts: NDArray[np.int16]) -> None:
+    def _count(self, slot: int, given: NDArray[np.int64], chosen: NDArray[np.int64], times: NDArray[np.int64]) -> None:
         if len(self._counts) == 1:  # only now: few requests ask for penalties, and this is slots * vocab * 2 bytes
             self._counts = torch.zeros((self.slots + 1, self.vocab), dtype=torch.int16, device=self.device)
         row = self._counts[slot].zero_()
-        staged = self._staging(2 * len(tokens), torch.int64)
-        staged.numpy()[:] = np.concatenate([tokens, counts])
-        places, values = staged.to(self.device, non_blocking=True).view(2, -1)
-        row.scatter_(0, places, values.to(torch.int16))
+        staged = self._staging(len(given) + 2 * len(chosen), torch.int64)
+        staged.numpy()[:] = np.concatenate([given, chosen, times])
+        places = staged.to(self.device, non_blocking=True)
+        in_output, counts = places[len(given) :].view(2, -1)
+        row.index_fill_(0, places[: len(given)], IN_PROMPT)
+        row.index_add_(0, in_output, counts.to(torch.int16))
 
     def _staging(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Host memory that a copy can leave from at its own pace: the allocator reuses it only after the copy."""

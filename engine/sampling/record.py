@@ -63,14 +63,14 @@ def write_record(
     words[FIRST_FORBIDDEN : FIRST_FORBIDDEN + len(forbidden)] = forbidden
 
 
-def seen_counts(
+def seen_tokens(
     params: SamplingParams, prompt: NDArray[np.int64], output: Sequence[int], vocab: int
-) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
-    """Distinct tokens that penalties look at [n], and their counts [n] as the device keeps them (see IN_PROMPT)."""
-    ids, times = np.unique(np.asarray(output, np.int64), return_counts=True)
-    counts = dict(zip(ids.tolist(), np.minimum(times, MOST_SEEN).tolist(), strict=True))
-    if params.repetition_penalty != 1.0:
-        for token in np.unique(prompt).tolist():
-            counts[token] = counts.get(token, 0) | IN_PROMPT
-    known = {token: count for token, count in counts.items() if 0 <= token < vocab}
-    return np.array(list(known), np.int64), np.array(list(known.values()), np.int16)
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """What penalties look at: tokens of the prompt [n], those of the output once [m], how often these are in it [m].
+
+    The prompt's only if a penalty looks at them. Ids outside the vocabulary (placeholders) are left out.
+    """
+    given = np.asarray(prompt, np.int64) if params.repetition_penalty != 1.0 else np.empty(0, np.int64)
+    chosen, times = np.unique(np.asarray(output, np.int64), return_counts=True)
+    known = (chosen >= 0) & (chosen < vocab)
+    return given[(given >= 0) & (given < vocab)], chosen[known], np.minimum(times[known], MOST_SEEN)

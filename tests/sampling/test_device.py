@@ -88,6 +88,24 @@ def test_the_way_of_sampling_is_the_one_this_run_is_for() -> None:
     assert type(device_sampler(1)._sampling).__name__ == ("TritonSampling" if INTERPRETED else "TorchSampling")
 
 
+def test_without_a_compiler_torch_takes_over_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch = pytest.importorskip("engine.kernels.launch")
+
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease set CC.")
+
+    monkeypatch.setattr(launch, "can_run_on", lambda device: True)
+    monkeypatch.setattr(launch.TritonSampling, "_try", no_compiler)
+    with caplog.at_level("INFO", logger="engine.sampling.device"):
+        sampler = device_sampler(1)
+        sampler.assign(0, SamplingParams(), 0, NO_PROMPT, [], [0])
+        assert tokens_of(sampler, torch.zeros(1, VOCAB), [0]) == [1]
+    [message] = caplog.messages
+    assert message == "sampling on cpu by torch, which is slower: RuntimeError: Failed to find C compiler."
+
+
 def tokens_of(sampler: DeviceSampler, logits: torch.Tensor, slots: list[int]) -> list[int]:
     tokens: list[int] = sampler.sample(logits, torch.tensor(slots, dtype=torch.int32)).tolist()
     return tokens

@@ -18,6 +18,7 @@
     ├── StorageError              disk full, read-only or missing storage folder
     ├── Cancelled                 the caller closed its stream
     └── EngineStopped             the engine's process ended or is shutting down
+        └── DeviceLost            a GPU failed so that only a new process can use it again
 
 A message says what is wrong and what to change. `code` (the class name) crosses process borders; `error_from_code`
 turns it back into the class.
@@ -110,6 +111,10 @@ class Cancelled(EngineError):
 
 class EngineStopped(EngineError):
     """The engine ended while the request was open."""
+
+
+class DeviceLost(EngineStopped):
+    """A GPU failed so that this process cannot use it any more; the process ends, and the next request starts anew."""
 
 
 def _tree(root: type[EngineError]) -> dict[str, type[EngineError]]:

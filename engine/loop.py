@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.delivery import ChosenToken, Delivery, deliver
-from engine.errors import Cancelled, DeviceOutOfMemory, EngineError, EngineStopped
+from engine.errors import Cancelled, DeviceLost, DeviceOutOfMemory, EngineError, EngineStopped
 from engine.job import Job
 from engine.preprocess import ImageInput
 from engine.replica import Replica, UnderWay
@@ -161,9 +161,8 @@ class StepLoop:
             logger.warning("a step of model %s on %s ran out of memory", replica.name, replica.device)
             if not replica.scheduler.relieve(plan):
                 self._fail(replica, plan.sequences, error)
-        except Exception as error:
-            logger.exception("a step of model %s failed", replica.name)
-            self._fail(replica, plan.sequences, EngineError(f"running the model failed: {error}"))
+        except Exception as error:  # noqa: BLE001
+            self._give_up(replica, plan, error)
         return False
 
     def _finish(self, replica: Replica, step: UnderWay, turn_s: float) -> None:
@@ -171,9 +170,8 @@ class StepLoop:
         waiting_s = time.perf_counter()
         try:
             tokens = step.result.tokens()
-        except Exception as error:
-            logger.exception("a step of model %s failed", replica.name)
-            self._fail(replica, step.plan.sequences, EngineError(f"running the model failed: {error}"))
+        except Exception as error:  # noqa: BLE001
+            self._give_up(replica, step.plan, error)
             return
         waiting_s = time.perf_counter() - waiting_s
         chosen = [
@@ -189,7 +187,7 @@ class StepLoop:
         sequence.pending -= 1
         if token == NO_TOKEN:
             error = EngineError("the model's output is not a number; its weights may be damaged")
-            self._fail(replica, [sequence], error)
+            self._discard(replica, [sequence], error)
             return None
         sequence.output.append(token)
         if len(sequence.output) == 1:
@@ -223,7 +221,11 @@ class StepLoop:
     def _take_features(self, replica: Replica, images: list[ImageInput], done: Future[list[Any]]) -> None:
         if done.cancelled():
             return
-        if error := done.exception():
+        error = done.exception()
+        if isinstance(error, DeviceLost):
+            self._lose(error)
+            return
+        if error:
             logger.error("encoding images for model %s failed", replica.name, exc_info=error)
             failure = error if isinstance(error, EngineError) else EngineError(f"encoding the image failed: {error}")
             self._fail(replica, replica.scheduler.give_up_images(), failure)
@@ -231,9 +233,37 @@ class StepLoop:
         features = {image.key: array for image, array in zip(images, done.result(), strict=True)}
         replica.scheduler.deliver(features)
         if self._on_features is not None:
-            for key, array in features.items():
-                copy = replica.runner.host_features(array)
-                self._behind(replica, partial(_keep, self._on_features, replica.numerics, key, copy))
+            self._keep(replica, self._on_features, features)
+
+    def _keep(self, replica: Replica, on_features: OnFeatures, features: dict[bytes, Any]) -> None:
+        try:
+            copies = {key: replica.runner.host_features(array) for key, array in features.items()}
+        except Exception:
+            logger.exception("features of images of model %s are not kept", replica.name)
+            return
+        for key, copy in copies.items():
+            self._behind(replica, partial(_keep, on_features, replica.numerics, key, copy))
+
+    def _give_up(self, replica: Replica, plan: StepPlan, error: Exception) -> None:
+        """A step failed: its sequences end, and with a device that is lost all that it has."""
+        if isinstance(error, DeviceLost):
+            self._lose(error)
+            return
+        logger.error("a step of model %s failed", replica.name, exc_info=error)
+        failure = error if isinstance(error, EngineError) else EngineError(f"running the model failed: {error}")
+        self._discard(replica, plan.sequences, failure)
+
+    def _lose(self, error: DeviceLost) -> None:
+        logger.critical("%s is lost", self.device, exc_info=error)
+        for replica in self._replicas:
+            replica.under_way.clear()
+            self._discard(replica, list(replica.scheduler), error)
+
+    def _discard(self, replica: Replica, sequences: list[Sequence], error: EngineError) -> None:
+        """Fail sequences of whose KV nothing may be found again: it may be damaged too."""
+        for sequence in sequences:
+            sequence.computed = 0
+        self._fail(replica, sequences, error)
 
     def _fail(self, replica: Replica, sequences: list[Sequence], error: EngineError) -> None:
         for sequence in sequences:

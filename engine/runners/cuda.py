@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.errors import DeviceOutOfMemory
 from engine.preprocess import ImageInput
 from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.step import Int32, PackedStep
 from engine.sampling.device import DeviceSampler
 from engine.scheduling.paged import PagedKVCache
@@ -35,7 +37,7 @@ class VisionTower(Protocol):
 
 
 class CudaRunner:
-    """Implements `Runner`."""
+    """Implements `Runner`. Raises DeviceOutOfMemory and DeviceLost for what the device's libraries raise."""
 
     lag = 1
 
@@ -56,10 +58,15 @@ class CudaRunner:
         self._kv = kv
         self._memory = memory
         self._device = sampler.slot_tokens.device
+        self._failures = DeviceFailures(self._device)
         self._ring = [_TokenCopy(len(sampler.slot_tokens), self._device) for _ in range(_RESULTS)]
         self._turn = 0
 
     def launch(self, plan: StepPlan) -> PendingStep:
+        with self._failures:
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> PendingStep:
         for chunk in plan.prefill:
             if chunk.gives_token:
                 self._assign(chunk.sequence)
@@ -69,20 +76,23 @@ class CudaRunner:
         self._turn = (self._turn + 1) % _RESULTS
         copy.start(self._sampler.sample(logits, slots) if sampled else None)
         plan.advance()
-        return PendingStep(sampled, copy)
+        return PendingStep(sampled, copy, self._failures)
 
     def encode(self, images: list[ImageInput]) -> Future[list[Any]]:
         """The work is only enqueued: what reads the features is enqueued behind it."""
-        assert self.tower is not None, "This is a bug: images were accepted for a text-only model."
         future: Future[list[Any]] = Future()
         try:
-            future.set_result(self.tower.encode(images))
+            future.set_result(self._encode(images))
         except Exception as error:  # noqa: BLE001  whatever it is belongs to whoever reads the future
             future.set_exception(error)
         return future
 
     def host_features(self, features: torch.Tensor) -> Callable[[], NDArray[np.floating]]:
         """numpy has no bfloat16: those become fp32."""
+        with self._failures:
+            return self._host_features(features)
+
+    def _host_features(self, features: torch.Tensor) -> Callable[[], NDArray[np.floating]]:
         features = features.float() if features.dtype == torch.bfloat16 else features
         on_cuda = self._device.type == "cuda"
         host = torch.empty(features.shape, dtype=features.dtype, pin_memory=on_cuda)
@@ -102,6 +112,21 @@ class CudaRunner:
 
     def close(self) -> None:
         self.decoder.close()
+        self.tower = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes cannot use what torch keeps
+
+    def _encode(self, images: list[ImageInput]) -> list[torch.Tensor]:
+        """All at once, or one by one where the device cannot hold that."""
+        assert self.tower is not None, "This is a bug: images were accepted for a text-only model."
+        try:
+            with self._failures:
+                return self.tower.encode(images)
+        except DeviceOutOfMemory:
+            if len(images) == 1:
+                raise
+        with self._failures:
+            return [features for image in images for features in self.tower.encode([image])]
 
     def _assign(self, sequence: Sequence) -> None:
         """The slot draws for this sequence from now on, going on where its output ends."""
@@ -127,7 +152,7 @@ class CudaRunner:
             features = chunk.sequence.features
             for number in touched:
                 if not isinstance(features[number], torch.Tensor):
-                    features[number] = torch.from_numpy(features[number]).to(self._device, dtype)
+                    features[number] = torch.tensor(features[number], dtype=dtype, device=self._device)
             parts = [features[number] for number in touched]
             result[chunk] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return result
@@ -159,12 +184,14 @@ class _TokenCopy:
 class PendingStep:
     """Implements `StepResult`."""
 
-    def __init__(self, sequences: list[Sequence], copy: _TokenCopy) -> None:
+    def __init__(self, sequences: list[Sequence], copy: _TokenCopy, failures: DeviceFailures) -> None:
         self.sequences = sequences
         self._copy = copy
+        self._failures = failures
 
     def tokens(self) -> list[int]:
-        return self._copy.wait()
+        with self._failures:
+            return self._copy.wait()
 
 
 def _recorded_event() -> torch.cuda.Event:

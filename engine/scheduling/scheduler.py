@@ -121,6 +121,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by age
         self._limits = limits
         self._encoding: frozenset[bytes] = frozenset()  # keys of the images that are with the encoder
+        self._overfull = False  # the device could not hold more than what runs
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -135,13 +136,14 @@ class Scheduler:
         sequence.ended = True
         if sequence in self.running:
             self.running.remove(sequence)
+            self._overfull = False
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def schedule(self) -> StepPlan:
         """Choose the next step's work; may set sequences back or admit waiting ones."""
         crowded = self._make_room()
-        if not crowded:
+        if not crowded and not (self._overfull and self.running):
             self._admit()
         plan = StepPlan(decode=[sequence for sequence in self.running if sequence.is_decoding])
         self._plan_prefill(plan)
@@ -163,11 +165,16 @@ class Scheduler:
         return [sequence for sequence in self if any(image.key in keys for image in sequence.images)]
 
     def relieve(self, plan: StepPlan) -> bool:
-        """The device could not hold what a step needs: set back all of it but the oldest. False if that is all."""
-        youngest = sorted(plan.sequences, key=lambda sequence: sequence.number)[1:]
-        for sequence in reversed(youngest):
+        """The device could not hold what a step needs: set back its younger half. False for a step of one sequence.
+
+        Nobody is admitted before one of those that still run has ended, or the same would happen again.
+        """
+        by_age = sorted(plan.sequences, key=lambda sequence: sequence.number)
+        younger = by_age[(len(by_age) + 1) // 2 :]
+        for sequence in reversed(younger):
             self._set_back(sequence)
-        return bool(youngest)
+        self._overfull = bool(younger)
+        return self._overfull
 
     def _make_room(self) -> bool:
         """Let every decoding sequence grow by a token, oldest first, at the expense of the youngest running ones."""

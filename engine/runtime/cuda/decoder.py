@@ -80,17 +80,19 @@ class PagedDecoder:
 
     def rehearse(self) -> None:
         """Run the largest prefill step there can be, so that the working memory it takes is taken."""
-        count = self._step_tokens
-        zero, row = np.zeros(1, np.int32), np.zeros(count, np.int32)
-        place = np.arange(count, dtype=np.int32)
-        positions = np.broadcast_to(place, (self._spec.rope.axes, count))
-        table = np.zeros((1, -(-count // self._block_size)), np.int32)
-        self.run(PackedStep(row, positions, zero + count, zero, table, zero, zero))
+        total, longest = self._step_tokens, min(self._step_tokens, self._spec.context_length)
+        starts = np.arange(0, total, longest, dtype=np.int32)  # one sequence, unless it would be too long for the model
+        counts = np.diff(starts, append=np.int32(total))
+        positions = np.broadcast_to(np.arange(total, dtype=np.int32) % longest, (self._spec.rope.axes, total))
+        tables = np.zeros((len(starts), -(-longest // self._block_size)), np.int32)
+        ids, zero = np.zeros(total, np.int32), np.zeros(1, np.int32)
+        self.run(PackedStep(ids, positions, counts, np.zeros_like(counts), tables, zero, zero))
 
     def close(self) -> None:
-        """Let go of graphs, bindings and KV memory."""
+        """Let go of the session, its graphs and bindings, and KV memory; nothing runs afterwards."""
         self._captured.clear()
         self._caches.clear()
+        del self._session
 
     def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         layout = self._replay(self.buckets.find(len(step.ids), step.longest), step)

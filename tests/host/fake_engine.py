@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.errors import Cancelled, ContextOverflow, EngineError, QueueFull, StorageError
+from engine.errors import Cancelled, ContextOverflow, DeviceLost, EngineError, QueueFull, StorageError
 from engine.host import serve
 from engine.request import Chunk, Event, Finished, Image, Message, Request, Text, Timings, Usage
 
@@ -125,6 +125,8 @@ def _act(model: str, emit: OnEvent) -> None:
         ctypes.string_at(0)
     if model == "loses-a-thread":
         _thread(_fail)
+    if model == "loses-the-gpu":
+        emit(DeviceLost("cuda:0 failed"))
     if model == "spins":
         _thread(_spin)
     if model == "holds-the-gil":

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import (
     ContextOverflow,
     DeadlineExceeded,
+    DeviceLost,
     EngineError,
     EngineStopped,
     InvalidRequest,
@@ -208,6 +209,17 @@ def test_a_thread_that_dies_ends_the_process_and_no_request_waits_for_it(client:
     with pytest.raises(EngineStopped, match="exit status 1"):
         list(client.stream(request("loses-a-thread")))
     assert text(list(client.stream(request("words")))) == words(5)
+
+
+def test_a_lost_gpu_ends_the_process_for_everybody_and_the_next_request_starts_another(client: EngineClient) -> None:
+    endless = client.stream(request("endless"))
+    next(endless)
+    first = pid_of(client)
+    for stream in (client.stream(request("loses-the-gpu")), endless):
+        with pytest.raises(DeviceLost, match="cuda:0 failed"):
+            list(stream)
+    assert text(list(client.stream(request("words")))) == words(5)
+    assert pid_of(client) != first
 
 
 def test_a_process_that_was_killed_while_idle_is_replaced(client: EngineClient) -> None:

@@ -1,0 +1,103 @@
+"""Replicas on a device that is not there: the CUDA runner, its graphs executed by `ReferenceSession` on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.checkpoints import Artifact
+from engine.config import EngineConfig
+from engine.device import Devices, Gpu, resolve
+from engine.engine import Engine
+from engine.graphs.cuda import cuda_decoder
+from engine.graphs.cuda.tower import cuda_tower
+from engine.replica import Replica
+from engine.runners.cuda import CudaRunner
+from engine.runners.open_cuda import activation_type
+from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.encoder import CudaEncoder, tower_weights
+from engine.runtime.cuda.weights import DeviceWeights, torch_type
+from engine.sampling.device import DeviceSampler
+from engine.scheduling.paged import PagedKVCache
+from engine.scheduling.scheduler import Scheduler, StepLimits
+from engine.stats import ModelMemory
+from tests.cuda.reference import ReferenceSession
+from tests.host.waiting import eventually
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class FakeGpu:
+    """What an engine finds instead of `open_cuda`; `sessions` are those of the decoders, in order of opening."""
+
+    blocks: int = 64
+    block_size: int = 16
+    prefill_tokens: int = 64
+    count: int = 1
+    sessions: list[ReferenceSession] = field(default_factory=list)
+    replicas: list[Replica] = field(default_factory=list)
+
+    def devices(self, config: EngineConfig) -> Devices:
+        """Instead of `resolve`."""
+        if config.device == "cpu":
+            return resolve(config)
+        return Devices(tuple(Gpu(index, "fake", (9, 0), 1 << 34, 1 << 34) for index in range(self.count)))
+
+    def open(self, name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
+        spec, slots = artifact.spec, config.max_batch_size
+        activations = activation_type(artifact.precision, spec.dtype)
+        weights = DeviceWeights(artifact, CPU)
+        context_length = min(spec.decoder.context_length, self.blocks * self.block_size)
+        graph = cuda_decoder(artifact, activations, context_length)
+        session = ReferenceSession(graph.model, weights.upload(graph.weights))
+        sampler = DeviceSampler(slots, spec.decoder.vocab, CPU, torch_type(activations))
+        decoder = PagedDecoder(
+            session,
+            spec.decoder,
+            sampler.slot_tokens,
+            dtype=torch_type(activations),
+            blocks=self.blocks + 1,
+            block_size=self.block_size,
+            slots=slots,
+            context_length=context_length,
+            step_tokens=self.prefill_tokens + slots,
+        )
+        decoder.capture()
+        kv = PagedKVCache(slots=slots, blocks=self.blocks, block_size=self.block_size, context_length=context_length)
+        runner = CudaRunner(
+            spec, decoder, sampler, _tower(artifact, config), kv, memory=lambda: ModelMemory(0, 0, 0, 0, 0)
+        )
+        limits = StepLimits(self.prefill_tokens, 1024, aligned_chunks=False)
+        replica = Replica(
+            name,
+            f"{artifact.digest} fake {activations}",
+            f"cuda:{index}",
+            runner,
+            Scheduler(kv, limits),
+            context_length,
+        )
+        self.sessions.append(session)
+        self.replicas.append(replica)
+        return replica
+
+
+def _tower(artifact: Artifact, config: EngineConfig) -> CudaEncoder | None:
+    if artifact.spec.vision is None:
+        return None
+    activations = activation_type(artifact.precision, artifact.spec.dtype)
+    graph = cuda_tower(artifact, activations)
+    session = ReferenceSession(graph.model, tower_weights(artifact, graph.weights, CPU))
+    return CudaEncoder(session, artifact.spec, activations, CPU)
+
+
+def settle(engine: Engine, model: str) -> None:
+    """Wait until nothing is under way; then no block may be in use, whatever happened."""
+
+    def idle() -> bool:
+        replicas = engine.status()["models"][model]["replicas"]
+        return not any(one["running"] or one["waiting"] for one in replicas) and not engine.status()["open_requests"]
+
+    eventually(idle, "sequences are left over")
+    assert not any(one["kv_blocks_used"] for one in engine.status()["models"][model]["replicas"])

@@ -1,0 +1,226 @@
+"""What the CUDA engine answers: the CPU's tokens, whatever runs beside a request and however it is cut up."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine.engine import Engine
+from engine.errors import ContextOverflow
+from engine.request import Request
+from engine.runners.cuda import CudaRunner
+from engine.runtime.cuda.decoder import PagedDecoder
+from tests.cuda.conftest import StartOnGpu
+from tests.cuda.fake_device import FakeGpu, settle
+from tests.engine.asking import ask, mixed_requests, picture, replica, request
+from tests.engine.conftest import Start
+
+SIZES = {
+    "demo": [(64, 64), (128, 100)],
+    "tiny-smolvlm": [(20, 20), (90, 40)],
+    "tiny-qwen2-vl": [(56, 56), (84, 140)],
+}
+Result = tuple[str, str, int]  # text, reason, tokens
+
+
+def greedy(count: int, model: str) -> list[Request]:
+    return [
+        replace(one, sampling=replace(one.sampling, temperature=0.0, top_p=1.0, seed=None))
+        for one in mixed_requests(count, model, sizes=SIZES[model])
+    ]
+
+
+def together(engine: Engine, requests: Iterable[Request]) -> list[Result]:
+    answers = [ask(engine, one) for one in requests]
+    return [answer.wait().result for answer in answers]
+
+
+def alone(engine: Engine, requests: Iterable[Request]) -> list[Result]:
+    return [ask(engine, one).wait().result for one in requests]
+
+
+def on_cpu(start: Start, requests: Iterable[Request]) -> list[Result]:
+    return together(start(device="cpu", precision="fp32"), requests)
+
+
+@pytest.mark.parametrize(("model", "count"), [("demo", 8), ("tiny-smolvlm", 16), ("tiny-qwen2-vl", 16)])
+def test_greedy_answers_are_those_of_the_cpu(start: Start, on_gpu: StartOnGpu, model: str, count: int) -> None:
+    requests = greedy(count, model)
+    assert together(on_gpu(), requests) == on_cpu(start, requests)
+
+
+@pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl"])
+def test_requests_together_give_the_tokens_that_each_gives_alone(on_gpu: StartOnGpu, model: str) -> None:
+    requests = mixed_requests(12, model, sizes=SIZES[model])
+    engine = on_gpu(FakeGpu(blocks=256))
+    expected = alone(engine, requests)
+    rows = _decode_rows(replica(engine, model).runner)
+    assert together(engine, requests) == expected
+    assert max(rows) >= 6
+
+
+def _decode_rows(runner: Any) -> list[int]:
+    """From now on, how many sequences decode in each step."""
+    rows: list[int] = []
+    launch = runner.launch
+
+    def counted(plan: Any) -> Any:
+        rows.append(len(plan.decode))
+        return launch(plan)
+
+    runner.launch = counted
+    return rows
+
+
+@pytest.mark.parametrize("budget", [1, 7, 33])
+def test_the_prefill_budget_of_a_step_changes_nothing(on_gpu: StartOnGpu, budget: int) -> None:
+    requests = mixed_requests(4, "tiny-qwen2-vl", sizes=[(56, 56)])
+    expected = together(on_gpu(FakeGpu(prefill_tokens=1024)), requests)
+    assert together(on_gpu(FakeGpu(prefill_tokens=budget)), requests) == expected
+
+
+def test_a_step_of_decoding_sequences_replays_a_captured_graph(on_gpu: StartOnGpu) -> None:
+    fake = FakeGpu()
+    engine = on_gpu(fake)
+    model = engine.load("tiny-qwen2-vl")
+    session = fake.sessions[0]
+    captured = set(session.runs)
+    assert None not in captured
+    session.runs.clear()
+    _, _, tokens = ask(engine, request("hello", model=model.name, max_tokens=20, ignore_eos=True)).wait().result
+    assert session.runs[0] is None, "a prompt runs operator by operator"
+    assert len(session.runs) == tokens
+    assert set(session.runs[1:]) < captured
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_a_batch_of_any_size_fits_its_bucket(on_gpu: StartOnGpu, count: int) -> None:
+    requests = [
+        request("x" * 3 * number, model="tiny-qwen2-vl", max_tokens=6, ignore_eos=True) for number in range(1, 10)
+    ]
+    engine = on_gpu(max_batch_size=9)
+    expected = alone(engine, requests[:1]) + alone(engine, requests[1:count])
+    assert together(engine, requests[:count]) == expected
+
+
+def test_contexts_around_the_edge_of_a_bucket_change_nothing(start: Start, on_gpu: StartOnGpu) -> None:
+    fake = FakeGpu(blocks=128)
+    engine = on_gpu(fake)
+    prompts = [_prompt_of(engine, tokens) for tokens in (503, 510, 511, 512, 513)]
+    requests = [request(prompt, model="tiny-qwen2-vl", max_tokens=12, ignore_eos=True) for prompt in prompts]
+    assert {bucket.context for bucket in _decoder(fake).buckets} == {512, 1024}
+    assert together(engine, requests) == on_cpu(start, requests)
+
+
+def _decoder(fake: FakeGpu) -> PagedDecoder:
+    runner = fake.replicas[0].runner
+    assert isinstance(runner, CudaRunner)
+    return runner.decoder
+
+
+def _prompt_of(engine: Engine, tokens: int) -> str:
+    """Words that make a prompt of that many tokens, give or take one."""
+
+    def count(words: int) -> int:
+        return engine.count_tokens("tiny-qwen2-vl", request("red " * words, model="tiny-qwen2-vl").messages)
+
+    return "red " * bisect.bisect_left(range(1, 1000), tokens, key=count)
+
+
+def test_a_known_prefix_is_neither_computed_nor_seen_again(on_gpu: StartOnGpu) -> None:
+    engine = on_gpu()
+    tower = replica(engine, "tiny-qwen2-vl").runner.tower
+    encoded: list[int] = []
+    encode = tower.encode
+
+    def counted(images: Any) -> Any:
+        encoded.append(len(images))
+        return encode(images)
+
+    tower.encode = counted
+    words = "what shape is in the image? " * 3
+    question = request(picture(3, (56, 56)), words, model="tiny-qwen2-vl", max_tokens=24, ignore_eos=True)
+    first, second = ask(engine, question).wait(), ask(engine, question).wait()
+    other = ask(engine, request(picture(4, (56, 56)), words, model="tiny-qwen2-vl", max_tokens=2)).wait()
+    assert first.result == second.result
+    assert first.finished is not None
+    assert second.finished is not None
+    assert other.finished is not None
+    usage = second.finished.usage
+    assert (first.finished.usage.reused_tokens, usage.reused_tokens) == (0, (usage.prompt_tokens - 1) // 16 * 16)
+    assert other.finished.usage.reused_tokens < usage.reused_tokens - 16, "another image is another prefix"
+    assert encoded == [1, 1], "the first and the other image"
+
+
+def test_a_conversation_goes_on_from_the_answer_it_had(on_gpu: StartOnGpu) -> None:
+    """Blocks that decoding filled are found too."""
+    engine = on_gpu()
+    question = request("hello " * 10, model="tiny-smolvlm", max_tokens=40, ignore_eos=True)
+    scheduler = replica(engine, "tiny-smolvlm").scheduler
+    _ = ask(engine, question).wait().result
+    prompt = engine.count_tokens("tiny-smolvlm", question.messages)
+    settle(engine, "tiny-smolvlm")
+    assert scheduler.kv.indexed_blocks == (prompt + 40 - 1) // 16
+
+
+def test_sequences_that_are_set_back_say_the_same(on_gpu: StartOnGpu) -> None:
+    requests = [
+        request(
+            picture(seed, (56, 56)),
+            "read",
+            model="tiny-qwen2-vl",
+            max_tokens=70,
+            ignore_eos=True,
+            seed=seed,
+            temperature=seed % 2,
+        )
+        for seed in range(6)
+    ]
+    expected = together(on_gpu(), requests)
+    tight = on_gpu(FakeGpu(blocks=16))
+    scheduler = replica(tight, "tiny-qwen2-vl").scheduler
+    outputs = _set_back_outputs(scheduler)
+    assert together(tight, requests) == expected
+    assert any(outputs), "no sequence with output was set back"
+    settle(tight, "tiny-qwen2-vl")
+
+
+def _set_back_outputs(scheduler: Any) -> list[int]:
+    """From now on, how many tokens of output each sequence has when it is set back."""
+    outputs: list[int] = []
+    set_back = scheduler._set_back
+
+    def counted(sequence: Any) -> None:
+        outputs.append(len(sequence.output))
+        set_back(sequence)
+
+    scheduler._set_back = counted
+    return outputs
+
+
+def test_a_request_that_could_never_fit_is_refused_with_the_numbers(on_gpu: StartOnGpu) -> None:
+    engine = on_gpu(FakeGpu(blocks=8))
+    with pytest.raises(ContextOverflow, match=r"the prompt is \d{3} tokens; the context holds 128"):
+        _ = ask(engine, request("hello " * 200, model="tiny-smolvlm")).wait().text
+    longest = ask(engine, request("hello", model="tiny-smolvlm", max_tokens=1000, ignore_eos=True)).wait()
+    assert longest.result[1] == "length"
+    assert longest.finished is not None
+    assert longest.finished.usage.prompt_tokens + longest.finished.usage.completion_tokens == 128
+
+
+def test_seeded_streams_do_not_depend_on_their_neighbours(on_gpu: StartOnGpu) -> None:
+    engine = on_gpu()
+    drawn = [
+        request("hello", model="tiny-smolvlm", temperature=2.0, seed=seed, max_tokens=12, ignore_eos=True)
+        for seed in range(4)
+    ]
+    expected = alone(engine, drawn)
+    assert len(set(expected)) == 4
+    for order in ([3, 1, 0, 2], [2, 3, 1, 0]):
+        noise = [request("x" * place, model="tiny-smolvlm", temperature=1.0, max_tokens=20) for place in range(1, 5)]
+        mixed = [one for place, pick in enumerate(order) for one in (noise[place], drawn[pick])]
+        assert together(engine, mixed)[1::2] == [expected[pick] for pick in order]

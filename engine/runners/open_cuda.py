@@ -63,16 +63,21 @@ def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -
 def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int) -> Replica:
     spec, slots = artifact.spec, config.max_batch_size
     activations = activation_type(artifact.precision, spec.dtype)
-    dtype = torch_type(activations)
+    dtype, fused = torch_type(activations), activations != "float32"  # PagedAttention has no kernel for fp32
     before = torch.cuda.mem_get_info(device)[0]
     weights = DeviceWeights(artifact, device)
-    graph = cuda_decoder(artifact, activations, spec.decoder.context_length)
+    graph = cuda_decoder(artifact, activations, spec.decoder.context_length, fused=fused)
     session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device)
     tower = open_encoder(artifact, activations, device) if spec.vision else None
     sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype)
     step_tokens = (config.prefill_chunk or _PREFILL_TOKENS) + slots
     open_decoder = partial(
-        PagedDecoder, session, spec.decoder, sampler.slot_tokens, dtype=dtype, slots=slots, step_tokens=step_tokens
+        PagedDecoder,
+        *(session, spec.decoder, sampler.slot_tokens),
+        dtype=dtype,
+        slots=slots,
+        step_tokens=step_tokens,
+        fused=fused,
     )
     block_size = kv_block_size(spec.decoder.head_dim)
     open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from engine.graphs.cuda import cuda_decoder
 from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.session import GraphSession
 from engine.runtime.cuda.step import PackedStep
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.spec import FloatType, Precision
+from tests.cuda.cpu_provider import CpuProviderSession
 from tests.cuda.reference import ReferenceSession
 from tests.runtime.cases import Case
 from tests.runtime.conftest import Tiny
@@ -32,12 +34,21 @@ class Part(NamedTuple):
 
 
 class Paged:
-    """A decoder on the reference session; every step gives the logits of each part's last token."""
+    """A decoder on the reference session, or on ONNX Runtime's CPU provider where that has all operators.
 
-    def __init__(self, tiny: Tiny, precision: Precision, activations: FloatType, **options: Any) -> None:
+    Every step gives the logits of each part's last token.
+    """
+
+    def __init__(self, tiny: Tiny, precision: Precision, activations: FloatType, *, cpu_provider: bool = False) -> None:
         artifact = tiny.artifact(precision)
-        graph = cuda_decoder(artifact, activations, CONTEXT)
-        self.session = ReferenceSession(graph.model, DeviceWeights(artifact, CPU).upload(graph.weights))
+        fused = activations != "float32"
+        graph = cuda_decoder(artifact, activations, CONTEXT, fused=fused)
+        weights = DeviceWeights(artifact, CPU).upload(graph.weights)
+        self.session: GraphSession = (
+            CpuProviderSession(graph, weights, artifact.folder)
+            if cpu_provider
+            else ReferenceSession(graph.model, weights)
+        )
         self.dtype = torch_type(activations)
         self.slot_tokens = torch.zeros(SLOTS + 1, dtype=torch.int32)
         columns = -(-CONTEXT // BLOCK)
@@ -51,8 +62,10 @@ class Paged:
             slots=SLOTS,
             context_length=CONTEXT,
             step_tokens=STEP_TOKENS,
-            **options,
+            fused=fused,
         )
+        for cache in self.decoder._caches.values():
+            cache.fill_(torch.nan)  # what nobody wrote is not read
         order = np.random.default_rng(0).permutation(SLOTS * columns) + 1
         self._tables = order.reshape(SLOTS, columns).astype(np.int32)
 

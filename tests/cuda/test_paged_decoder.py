@@ -13,11 +13,37 @@ from tests.runtime.conftest import PROMPT, STEPS, Tiny, tiny, tiny_mrope
 __all__ = ["tiny", "tiny_mrope"]
 
 
-@pytest.mark.parametrize(("precision", "activations", "limit"), [("fp16", "float16", 1e-2), ("bf16", "bfloat16", 8e-2)])
+PRECISIONS: list[tuple[Precision, FloatType, float]] = [
+    ("fp16", "float16", 1e-2),
+    ("bf16", "bfloat16", 8e-2),
+    ("fp32", "float32", 1e-4),
+]
+
+
+@pytest.mark.parametrize(("precision", "activations", "limit"), PRECISIONS)
 def test_chunks_and_decoding_rows_in_one_call_give_the_references_logits(
     tiny: Tiny, precision: Precision, activations: FloatType, limit: float
 ) -> None:
-    paged, case = Paged(tiny, precision, activations), tiny.case
+    assert _mixed_steps(tiny, Paged(tiny, precision, activations)) < limit
+
+
+@pytest.mark.parametrize(("precision", "activations", "limit"), PRECISIONS)
+def test_three_positions_that_differ_turn_as_in_the_reference(
+    tiny_mrope: Tiny, precision: Precision, activations: FloatType, limit: float
+) -> None:
+    case = tiny_mrope.case_anywhere(40, seed=6)
+    paged = Paged(tiny_mrope, precision, activations)
+    found = [paged.step(Part(1, case, start, stop)) for start, stop in ((0, 20), (20, 39), (39, 40))]
+    assert relative_error(np.concatenate(found), case.logits[[19, 38, 39]]) < limit
+
+
+def test_plain_operators_write_the_cache_in_place_in_onnx_runtime(tiny: Tiny) -> None:
+    assert _mixed_steps(tiny, Paged(tiny, "fp32", "float32", cpu_provider=True)) < 1e-4
+
+
+def _mixed_steps(tiny: Tiny, paged: Paged) -> float:
+    """The logits' error over steps of chunks and decoding rows."""
+    case = tiny.case
     other, third = tiny.text_case(60, 3), tiny.text_case(70, 4)
     steps = [
         [Part(2, case, 0, 50)],
@@ -28,11 +54,4 @@ def test_chunks_and_decoding_rows_in_one_call_give_the_references_logits(
     ]
     found = np.concatenate([paged.step(*parts) for parts in steps])
     wanted = np.stack([part.case.logits[part.stop - 1] for parts in steps for part in parts])
-    assert relative_error(found, wanted) < limit
-
-
-def test_three_positions_that_differ_turn_as_in_the_reference(tiny_mrope: Tiny) -> None:
-    case = tiny_mrope.case_anywhere(40, seed=6)
-    paged = Paged(tiny_mrope, "fp16", "float16")
-    found = [paged.step(Part(1, case, start, stop)) for start, stop in ((0, 20), (20, 39), (39, 40))]
-    assert relative_error(np.concatenate(found), case.logits[[19, 38, 39]]) < 1e-2
+    return relative_error(found, wanted)

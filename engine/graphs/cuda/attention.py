@@ -14,6 +14,26 @@ from engine.spec import DecoderSpec
 PARTS = ("key", "value")
 
 
+class Caches:
+    """KV memory of all layers: inputs, and outputs that are the same memory."""
+
+    def __init__(self, builder: CudaBuilder, spec: DecoderSpec) -> None:
+        self._builder = builder
+        self._shape = ("blocks", "block_size", spec.kv_heads, spec.head_dim)
+        self._written: list[tuple[str, ir.Value]] = []
+
+    def input(self, part: str, layer: int) -> ir.Value:
+        return self._builder.input(StepInputs.cache(part, layer), self._builder.dtype.type, self._shape)
+
+    def written(self, part: str, layer: int, value: ir.Value) -> None:
+        self._written.append((StepInputs.cache_out(part, layer), value))
+
+    def output(self) -> None:
+        """Declare them as the graph's next outputs."""
+        for name, value in self._written:
+            self._builder.output(value, name, self._builder.dtype.type)
+
+
 class PagedAttention:
     """One node per layer for all sequences of a step, prefilling or decoding."""
 
@@ -26,12 +46,12 @@ class PagedAttention:
         self._blocks = builder.input(StepInputs.BLOCK_TABLE, np.int32, ["B", "M"])
         self._bounds = builder.input(StepInputs.BOUNDS, np.int32, [3])
         self._positions = self._position_input() if spec.rope.axes == 3 else None
-        self._caches: list[tuple[str, ir.Value]] = []
+        self._caches = Caches(builder, spec)
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
         """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
         builder, spec = self._builder, self._spec
-        caches = [self._cache_input(part, layer) for part in PARTS]
+        caches = [self._caches.input(part, layer) for part in PARTS]
         norms = self._heads.norm_weights(layer)
         rotate_inside = self._positions is None
         output, *written = builder.ops(
@@ -50,17 +70,13 @@ class PagedAttention:
             do_rotary=int(rotate_inside),
             qk_norm_epsilon=spec.norm_eps,
         )
-        self._caches += zip((StepInputs.cache_out(part, layer) for part in PARTS), written, strict=True)
+        for part, value in zip(PARTS, written, strict=True):
+            self._caches.written(part, layer, value)
         return output
 
     def output_cache(self) -> None:
         """Declare the caches as outputs, after the logits."""
-        for name, value in self._caches:
-            self._builder.output(value, name, self._builder.dtype.type)
-
-    def _cache_input(self, part: str, layer: int) -> ir.Value:
-        shape = ("blocks", "block_size", self._spec.kv_heads, self._spec.head_dim)
-        return self._builder.input(StepInputs.cache(part, layer), self._builder.dtype.type, shape)
+        self._caches.output()
 
     def _position_input(self) -> ir.Value:
         """[3, 1, T] of the type that MRotaryEmbedding takes."""

@@ -10,16 +10,20 @@ from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.attention import PagedAttention
 from engine.graphs.cuda.inputs import StepInputs
 from engine.graphs.cuda.linear import cuda_linears
+from engine.graphs.cuda.unfused import UnfusedAttention
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
 from engine.graphs.decoder import decoder_graph
 from engine.spec import FloatType
 
 
-def cuda_decoder(artifact: Artifact, activations: FloatType, positions: int) -> CudaGraph:
-    """A model for positions below `positions`."""
+def cuda_decoder(artifact: Artifact, activations: FloatType, positions: int, *, fused: bool = True) -> CudaGraph:
+    """A model for positions below `positions`.
+
+    Its attention is PagedAttention, which a device has in 16 bits, or unless `fused` plain operators.
+    """
     spec = artifact.spec.decoder
     builder = CudaBuilder(artifact, activations)
-    dialect = CudaDecoderDialect(builder, artifact, positions)
+    dialect = CudaDecoderDialect(builder, artifact, positions, fused=fused)
     rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
     logits = decoder_graph(dialect, spec, dialect.token_inputs(), rows)
     builder.output(logits, StepInputs.LOGITS, builder.dtype.type)
@@ -30,11 +34,12 @@ def cuda_decoder(artifact: Artifact, activations: FloatType, positions: int) -> 
 class CudaDecoderDialect:
     """Implements `DecoderDialect`."""
 
-    def __init__(self, builder: CudaBuilder, artifact: Artifact, positions: int) -> None:
+    def __init__(self, builder: CudaBuilder, artifact: Artifact, positions: int, *, fused: bool) -> None:
         self.builder = builder
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
-        self._attention = PagedAttention(builder, self._spec, positions)
+        attention = PagedAttention if fused else UnfusedAttention
+        self._attention = attention(builder, self._spec, positions)
 
     def token_inputs(self) -> ir.Value:
         """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""

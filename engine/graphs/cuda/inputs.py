@@ -27,3 +27,14 @@ class StepInputs:
     def cache_out(part: str, layer: int) -> str:
         """The same memory."""
         return f"cache_out.{part}.{layer}"
+
+
+class UnfusedInputs:
+    """What attention without PagedAttention takes instead of STARTS, PAST and BOUNDS; int32, on the device."""
+
+    PLACES = "places"  # [T]: a token's place in its sequence
+    WRITTEN = "written"  # [T, 2]: block and place in it where the token's key and value go
+    QUERIES = "queries"  # [B, S]: new tokens of each sequence, S being the most of any; 0 behind the last
+    UNPADDED = "unpadded"  # [T]: a token's place in QUERIES, flat
+    LENGTHS = "lengths"  # [B]: tokens of each sequence, the new ones included
+    KEY_PLACES = "key_places"  # [L]: 0 to L - 1, L being M blocks of tokens

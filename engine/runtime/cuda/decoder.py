@@ -9,6 +9,7 @@ from engine.graphs.cuda import StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
 from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.step import Int32, Layout, PackedStep, StepBuffer
+from engine.runtime.cuda.unfused import unfused_parts, unfused_size
 from engine.spec import DecoderSpec
 
 _SLOTS = "slots"
@@ -19,6 +20,9 @@ class PagedDecoder:
     """One session, its KV blocks, and a captured graph for every bucket. One thread.
 
     Block 0 of the caches belongs to no sequence: rows that fill up a bucket write there.
+
+    A graph whose attention is not fused runs operator by operator, without captured graphs: what it needs of memory
+    grows with the bucket's context, and it is there to compare with.
     """
 
     def __init__(
@@ -33,14 +37,16 @@ class PagedDecoder:
         slots: int,
         context_length: int,
         step_tokens: int,
+        fused: bool = True,
     ) -> None:
-        """`blocks` counts block 0; `step_tokens` is the most new tokens of one call.
+        """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `fused` as the graph was made.
 
         `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
         """
         device = slot_tokens.device
         self._session = session
         self._spec = spec
+        self._fused = fused
         self._block_size = block_size
         self.buckets = Buckets(slots, context_length)
         shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
@@ -54,7 +60,9 @@ class PagedDecoder:
         self._slot_tokens = slot_tokens
         table = slots * -(-context_length // block_size)
         self._step_tokens = step_tokens
-        self._buffer = StepBuffer(8 * step_tokens + 8 * slots + table + 64, device)
+        size = 8 * step_tokens + 8 * slots + table + 64
+        size += 0 if fused else unfused_size(step_tokens, slots, context_length)
+        self._buffer = StepBuffer(size, device)
         self._captured: dict[Bucket, tuple[Layout, Binding]] = {}
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
 
@@ -69,13 +77,13 @@ class PagedDecoder:
 
     def run(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue a step; logits [R, vocab] and the slots [R] int32 they are for, until the next step."""
-        if step.is_decode:
+        if step.is_decode and self._fused:
             return self._decode(step)
         return self._packed(step)
 
     def capture(self) -> None:
         """Record every bucket's graph, with rows that write to block 0."""
-        for bucket in self.buckets:
+        for bucket in self.buckets if self._fused else ():
             self._replay(bucket, _stand_in(bucket, self._spec.rope.axes))
 
     def rehearse(self) -> None:
@@ -130,7 +138,7 @@ class PagedDecoder:
     def _bind_bucket(self, bucket: Bucket) -> tuple[Layout, Binding]:
         """A layout whose addresses stay, and what never changes beside it: one token for each of `batch` sequences."""
         batch, device = bucket.batch, self._slot_tokens.device
-        layout = Layout(self._shapes(batch, batch, self._columns(bucket), batch))
+        layout = Layout(self._shapes(bucket))
         order = torch.arange(batch + 1, dtype=torch.int32, device=device)
         inputs = {name: self._buffer.view(layout, name) for name in layout.shapes if name != _SLOTS} | {
             StepInputs.STARTS: order,
@@ -142,44 +150,43 @@ class PagedDecoder:
 
     def _packed(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         columns = -(-step.longest // self._block_size)
-        rows = (
-            step.logits_rows if len(step.logits_rows) else np.zeros(1, np.int32)
-        )  # the head runs over one row at least
-        shapes = self._shapes(len(step.ids), len(step.counts), columns, len(step.slots)) | {
-            StepInputs.STARTS: (len(step.counts) + 1,),
-            StepInputs.FEATURE_INDEX: (len(step.ids),),
-            StepInputs.LOGITS_ROWS: (len(rows),),
-        }
-        layout = Layout(shapes)
+        # The head runs over one row at least.
+        rows = step.logits_rows if len(step.logits_rows) else np.zeros(1, np.int32)
+        no_image = np.full(len(step.ids), -1, np.int32)
         parts = {
             StepInputs.IDS: step.ids,
-            StepInputs.PAST: step.past,
             StepInputs.BLOCK_TABLE: step.tables[:, :columns],
-            StepInputs.STARTS: np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32),
             StepInputs.LOGITS_ROWS: rows,
-            StepInputs.FEATURE_INDEX: np.full(len(step.ids), -1, np.int32)
-            if step.feature_index is None
-            else step.feature_index,
+            StepInputs.FEATURE_INDEX: no_image if step.feature_index is None else step.feature_index,
             _SLOTS: step.slots,
         }
         if self._spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = step.positions
+        host_inputs: dict[str, torch.Tensor] = {}
+        if self._fused:
+            parts[StepInputs.PAST] = step.past
+            parts[StepInputs.STARTS] = np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32)
+            bounds = [int(step.counts.max()), step.longest, step.longest]
+            host_inputs[StepInputs.BOUNDS] = torch.tensor(bounds, dtype=torch.int32)
+        else:
+            parts |= unfused_parts(step, columns, self._block_size)
+        layout = Layout({name: part.shape for name, part in parts.items()})
         self._buffer.upload(layout, parts)
         inputs = {name: self._buffer.view(layout, name) for name in layout.shapes if name != _SLOTS}
-        longest = step.longest
-        inputs[StepInputs.BOUNDS] = torch.tensor([int(step.counts.max()), longest, longest], dtype=torch.int32)
         features = self._no_features if step.features is None else step.features
-        self._session.run(self._bind(inputs, features, len(rows)))
+        self._session.run(self._bind(inputs | host_inputs, features, len(rows)))
         return self._logits[: len(step.slots)], self._buffer.view(layout, _SLOTS)
 
-    def _shapes(self, tokens: int, sequences: int, columns: int, sampled: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
+        """Of what changes from one decode step to the next."""
+        batch = bucket.batch
         shapes: dict[str, tuple[int, ...]] = {
-            StepInputs.IDS: (tokens,),
-            StepInputs.PAST: (sequences,),
-            StepInputs.BLOCK_TABLE: (sequences, columns),
-            _SLOTS: (sampled,),
+            StepInputs.IDS: (batch,),
+            StepInputs.PAST: (batch,),
+            StepInputs.BLOCK_TABLE: (batch, self._columns(bucket)),
+            _SLOTS: (batch,),
         }
-        return shapes | ({StepInputs.POSITIONS: (3, tokens)} if self._spec.rope.axes == 3 else {})
+        return shapes | ({StepInputs.POSITIONS: (3, batch)} if self._spec.rope.axes == 3 else {})
 
     def _bind(self, inputs: dict[str, torch.Tensor], features: torch.Tensor, rows: int) -> Binding:
         shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features}

@@ -3,56 +3,96 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from engine.errors import EngineError
 from engine.job import Job
 
 logger = logging.getLogger(__name__)
+BUSY_JOBS = 4  # with more of them their tokens are gathered: text costs the same for one token and for several
+PACE_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenToken:
-    """Output token number `count` of a job; `reused` tokens of its prompt were not computed."""
+class ChosenToken(NamedTuple):
+    """The next output token of a job; `reused` tokens of its prompt were not computed."""
 
     job: Job
     token: int
-    count: int
     reused: int
+    is_first: bool
 
 
-def deliver(chosen: list[ChosenToken]) -> None:
+def deliver(job: Job, tokens: list[int], reused: int) -> None:
     """Detokenise, look for stop words, emit. What goes wrong is one request's own, so only that one ends."""
-    for one in chosen:
-        try:
-            one.job.token(one.token, count=one.count, reused=one.reused)
-        except Exception as error:
-            logger.exception("a token could not be delivered")
-            one.job.fail(EngineError(f"continuing the answer failed: {error}"))
+    try:
+        job.take(tokens, reused=reused)
+    except Exception as error:
+        logger.exception("tokens could not be delivered")
+        job.fail(EngineError(f"continuing the answer failed: {error}"))
 
 
 class Delivery:
-    """A thread that does things in order, so that the step loop goes on while the device works."""
+    """A thread that makes events, so that the step loop goes on while the device works.
+
+    It shares the interpreter with the step loop: under load it gathers tokens for PACE_S, but for a job's first one.
+    """
 
     def __init__(self, name: str) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tokens: dict[Job, tuple[list[int], int]] = {}
+        self._work: deque[Callable[[], None]] = deque()
+        self._urgent = False
+        self._closing = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def __call__(self, work: Callable[[], None]) -> None:
-        self._work.put(work)
+    def tokens(self, chosen: Iterable[ChosenToken]) -> None:
+        """Deliver tokens soon, each job's in order."""
+        with self._changed:
+            idle = not self._tokens
+            for job, token, reused, is_first in chosen:
+                self._tokens.setdefault(job, ([], reused))[0].append(token)
+                self._urgent |= is_first
+            if idle or self._urgent:
+                self._changed.notify()
+
+    def work(self, work: Callable[[], None]) -> None:
+        """Do something soon, behind what came before."""
+        with self._changed:
+            self._work.append(work)
+            self._changed.notify()
 
     def close(self) -> None:
         """Do what is left, then end."""
-        self._work.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            try:
-                work()
-            except Exception:
-                logger.exception("work behind the step loop failed")
+        busy = False
+        while True:
+            with self._changed:
+                if busy:
+                    self._changed.wait_for(lambda: self._urgent or self._closing, PACE_S)
+                self._changed.wait_for(lambda: self._tokens or self._work or self._closing)
+                tokens, self._tokens = self._tokens, {}
+                work, self._work = self._work, deque()
+                self._urgent = False
+                if self._closing and not tokens and not work:
+                    return
+            busy = len(tokens) > BUSY_JOBS
+            for job, (ids, reused) in tokens.items():
+                deliver(job, ids, reused)
+            for one in work:
+                _do(one)
+
+
+def _do(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception:
+        logger.exception("work behind the step loop failed")

@@ -44,6 +44,7 @@ class Job:
         self._streams = [stream]
         self._texts: list[str] = []
         self._tokens = 0  # of them in events
+        self._count = 0  # of all that came
         self._pending = 0  # tokens whose text is not out yet
         self._ended = False
 
@@ -62,20 +63,30 @@ class Job:
             self._streams.append(stream)
             return True
 
-    def token(self, token: int, *, count: int, reused: int) -> None:
-        """Take in output token number `count`; emit text, or the last event. A job that is over takes none."""
-        if self._ended:
-            return
+    def take(self, tokens: list[int], *, reused: int) -> None:
+        """Take in the next output tokens; emit text, or the last event. A job that is over takes none."""
         if self._first_token is None:
             self._first_token = time.monotonic()
-        self._pending += 1
-        text, stopped = ("", True) if token in self.eos else self._stop.push(self._detokenizer.push([token]))
+        # Where a stop word ends the text, the tokens behind it must not count: those go one by one.
+        for piece in [[token] for token in tokens] if self.sampling.stop else [tokens]:
+            if not self._ended:
+                self._take(piece, reused)
+
+    def _take(self, tokens: list[int], reused: int) -> None:
+        end = next((place for place, token in enumerate(tokens) if token in self.eos), None)
+        text, stopped = self._stop.push(self._detokenizer.push(tokens[:end]))
+        self._count += len(tokens[:end])
+        self._pending += len(tokens[:end])
         if text:
             self._emit(text)
-        if stopped:
-            self._finish("stop", count, reused, flush=token in self.eos)
-        elif count >= self.sampling.max_tokens:
-            self._finish("length", count, reused, flush=True)
+        if end is not None:
+            self._count += 1
+            self._pending += 1
+            self._finish("stop", reused, flush=True)
+        elif stopped:
+            self._finish("stop", reused, flush=False)
+        elif self._count >= self.sampling.max_tokens:
+            self._finish("length", reused, flush=True)
 
     def fail(self, error: EngineError) -> None:
         """End every stream that is still open; a job that is over stays as it is."""
@@ -96,7 +107,7 @@ class Job:
             for stream in self._streams:
                 stream.push(event)
 
-    def _finish(self, reason: FinishReason, count: int, reused: int, *, flush: bool) -> None:
+    def _finish(self, reason: FinishReason, reused: int, *, flush: bool) -> None:
         if flush:  # text held back as the possible start of a stop word, or an incomplete character
             text, stopped = self._stop.push(self._detokenizer.flush())
             if not stopped:
@@ -107,7 +118,7 @@ class Job:
         first = self._first_token or now
         event = Finished(
             reason,
-            Usage(len(self.prompt.token_ids), count, self.prompt.image_tokens, reused),
+            Usage(len(self.prompt.token_ids), self._count, self.prompt.image_tokens, reused),
             Timings(self._prepared - self._accepted, first - self._accepted, now - self._accepted),
         )
         self._on_finish("".join(self._texts), event)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,6 @@ class StepLoop:
         self._awake = threading.Condition()
         self._streams_ended = False  # since the last look for abandoned jobs
         self._closing = False
-        self._delivery: Delivery | None = None
         self._thread = threading.Thread(target=self._run, name=f"engine-step-{device}", daemon=True)
         self._thread.start()
 
@@ -114,8 +113,8 @@ class StepLoop:
         self._take_in()
         for replica in list(self._replicas):
             self._close_replica(replica)
-        if self._delivery is not None:
-            self._delivery.close()
+        if "_behind" in self.__dict__:
+            self._behind.close()
 
     def _take_in(self) -> None:
         with self._awake:
@@ -179,7 +178,7 @@ class StepLoop:
             for sequence, token in zip(step.result.sequences, tokens, strict=True)
             if not sequence.ended  # cancelled, or over by a stop word, since the step was launched
         ]
-        self._behind(replica, partial(deliver, [one for one in chosen if one is not None]))
+        self._deliver(replica, [one for one in chosen if one is not None])
         if self._on_step is not None:
             self._on_step(_record(replica, step, len(tokens), turn_s, waiting_s))
 
@@ -195,16 +194,19 @@ class StepLoop:
         job = _job(sequence)
         if token in job.eos or len(sequence.output) >= sequence.max_tokens:
             self._remove(replica, sequence)
-        return ChosenToken(job, token, len(sequence.output), sequence.reused)
+        return ChosenToken(job, token, sequence.reused, len(sequence.output) == 1)
 
-    def _behind(self, replica: Replica, work: Callable[[], None]) -> None:
+    def _deliver(self, replica: Replica, chosen: list[ChosenToken]) -> None:
         """Now, or behind the loop's back where the device has its next step to work on."""
-        if not replica.runner.lag:
-            work()
+        if replica.runner.lag:
+            self._behind.tokens(chosen)
             return
-        if self._delivery is None:
-            self._delivery = Delivery(f"engine-deliver-{self.device}")
-        self._delivery(work)
+        for job, token, reused, _ in chosen:
+            deliver(job, [token], reused)
+
+    @cached_property
+    def _behind(self) -> Delivery:
+        return Delivery(f"engine-deliver-{self.device}")
 
     def _encode(self, replica: Replica, images: list[ImageInput]) -> None:
         """Start the tower on a batch; the result comes back through the inbox."""
@@ -242,7 +244,7 @@ class StepLoop:
             logger.exception("features of images of model %s are not kept", replica.name)
             return
         for key, copy in copies.items():
-            self._behind(replica, partial(_keep, on_features, replica.numerics, key, copy))
+            self._behind.work(partial(_keep, on_features, replica.numerics, key, copy))
 
     def _give_up(self, replica: Replica, plan: StepPlan, error: Exception) -> None:
         """A step failed: its sequences end, and with a device that is lost all that it has."""

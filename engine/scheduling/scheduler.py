@@ -142,13 +142,14 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Choose the next step's work; may set sequences back or admit waiting ones."""
-        crowded = self._make_room()
+        decoding, crowded = self._make_room()
         if not crowded and not (self._overfull and self.running):
             self._admit()
-        plan = StepPlan(decode=[sequence for sequence in self.running if sequence.is_decoding])
-        self._plan_prefill(plan)
-        if not self._encoding:
-            self._plan_images(plan)
+        plan = StepPlan(decode=decoding)
+        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
+        self._plan_prefill(plan, prefilling)
+        if prefilling and not self._encoding:
+            self._plan_images(plan, prefilling)
         return plan
 
     def deliver(self, features: Mapping[bytes, Any]) -> None:
@@ -176,14 +177,18 @@ class Scheduler:
         self._overfull = bool(younger)
         return self._overfull
 
-    def _make_room(self) -> bool:
-        """Let every decoding sequence grow by a token, oldest first, at the expense of the youngest running ones."""
+    def _make_room(self) -> tuple[list[Sequence], bool]:
+        """Let every decoding sequence grow by a token, oldest first, at the expense of the youngest running ones.
+
+        Those that decode, and whether some were set back.
+        """
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
         crowded = False
-        for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
+        for sequence in decoding:
             while sequence.row is not None and not self.kv.grow(sequence):
                 self._set_back(self.running[-1])
                 crowded = True
-        return crowded
+        return [sequence for sequence in decoding if sequence.row is not None] if crowded else decoding, crowded
 
     def _set_back(self, sequence: Sequence) -> None:
         self.kv.free(sequence)
@@ -196,11 +201,11 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             self.running.sort(key=lambda sequence: sequence.number)
 
-    def _plan_prefill(self, plan: StepPlan) -> None:
+    def _plan_prefill(self, plan: StepPlan, prefilling: list[Sequence]) -> None:
         """Chunks by age while the budget lasts; at least one."""
         budget = self._limits.prefill_tokens
-        for sequence in self.running:
-            if not sequence.is_prefilling or sequence.missing_images():
+        for sequence in prefilling:
+            if sequence.missing_images():
                 continue
             stop = self._chunk_end(sequence, budget)
             tokens = stop - sequence.computed
@@ -208,11 +213,11 @@ class Scheduler:
                 plan.prefill.append(PrefillChunk(sequence, sequence.computed, stop, stop == sequence.length))
                 budget -= tokens
 
-    def _plan_images(self, plan: StepPlan) -> None:
+    def _plan_images(self, plan: StepPlan, prefilling: list[Sequence]) -> None:
         """Images by the age of who waits for them, up to the limit; at least one."""
         chosen: dict[bytes, ImageInput] = {}
         tokens = 0
-        for sequence in self.running:
+        for sequence in prefilling:
             for image in (sequence.images[index] for index in sequence.missing_images()):
                 if image.key not in chosen and (not chosen or tokens + image.tokens <= self._limits.image_tokens):
                     chosen[image.key] = image

@@ -44,7 +44,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens of prompt and output, the pending ones included."""
-        return self.known + self.pending
+        return len(self.prompt.token_ids) + len(self.output) + self.pending
 
     @property
     def known(self) -> int:
@@ -63,7 +63,8 @@ class Sequence:
         tokens once the steps under way are done is not decoding any more.
         """
         chosen = len(self.output) + self.pending
-        return not self.is_prefilling and self.computed < self.length and chosen < self.max_tokens
+        after_prompt = self.computed - len(self.prompt.token_ids)
+        return self.computed >= self.prefill_end and after_prompt < chosen < self.max_tokens
 
     @property
     def next_token(self) -> int:

@@ -83,7 +83,7 @@ def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered
     precision = resolve_precision(config, devices, checkpoint.spec.dtype)
     artifact = open_artifact(checkpoint, precision, config.storage)
     spec = artifact.spec
-    replicas = [loop.call(partial(_open_replica, name, artifact, config, loop)).result() for loop in loops]
+    replicas = _open_replicas(name, artifact, config, loops)
     return Model(
         name=name,
         folder=checkpoint.folder,
@@ -93,6 +93,22 @@ def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered
         replicas=tuple(zip(replicas, loops, strict=True)),
         context_length=min(replica.context_length for replica in replicas),
     )
+
+
+def _open_replicas(name: str, artifact: Artifact, config: EngineConfig, loops: Ordered[StepLoop]) -> list[Replica]:
+    """One by one, because a graph that is captured bears no allocation beside it, not even on another device.
+
+    When a device fails, the others give up what they have.
+    """
+    opened: list[Replica] = []
+    try:
+        for loop in loops:
+            opened.append(loop.call(partial(_open_replica, name, artifact, config, loop)).result())
+    except Exception:
+        for replica, loop in zip(opened, loops, strict=False):
+            loop.remove(replica)
+        raise
+    return opened
 
 
 def _open_replica(name: str, artifact: Artifact, config: EngineConfig, loop: StepLoop) -> Replica:

@@ -92,6 +92,11 @@ def _tower(artifact: Artifact, config: EngineConfig) -> CudaEncoder | None:
     return CudaEncoder(session, artifact.spec, activations, CPU)
 
 
+def decoder_of(replica: Replica) -> PagedDecoder:
+    assert isinstance(replica.runner, CudaRunner)
+    return replica.runner.decoder
+
+
 def settle(engine: Engine, model: str) -> None:
     """Wait until nothing is under way; then no block may be in use, whatever happened."""
 

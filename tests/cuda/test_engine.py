@@ -12,10 +12,8 @@ import pytest
 from engine.engine import Engine
 from engine.errors import ContextOverflow
 from engine.request import Request
-from engine.runners.cuda import CudaRunner
-from engine.runtime.cuda.decoder import PagedDecoder
 from tests.cuda.conftest import StartOnGpu
-from tests.cuda.fake_device import FakeGpu, settle
+from tests.cuda.fake_device import FakeGpu, decoder_of, settle
 from tests.engine.asking import ask, mixed_requests, picture, replica, request
 from tests.engine.conftest import Start
 
@@ -112,14 +110,8 @@ def test_contexts_around_the_edge_of_a_bucket_change_nothing(start: Start, on_gp
     engine = on_gpu(fake)
     prompts = [_prompt_of(engine, tokens) for tokens in (503, 510, 511, 512, 513)]
     requests = [request(prompt, model="tiny-qwen2-vl", max_tokens=12, ignore_eos=True) for prompt in prompts]
-    assert {bucket.context for bucket in _decoder(fake).buckets} == {512, 1024}
+    assert {bucket.context for bucket in decoder_of(fake.replicas[0]).buckets} == {512, 1024}
     assert together(engine, requests) == on_cpu(start, requests)
-
-
-def _decoder(fake: FakeGpu) -> PagedDecoder:
-    runner = fake.replicas[0].runner
-    assert isinstance(runner, CudaRunner)
-    return runner.decoder
 
 
 def _prompt_of(engine: Engine, tokens: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnxruntime as ort  # type: ignore[import-untyped]
 import torch
@@ -15,17 +16,14 @@ from engine.graphs.cuda import CudaGraph
 _ELEMENT_TYPES = {
     torch.float32: 1,
     torch.uint8: 2,
+    torch.int8: 3,
     torch.int32: 6,
     torch.int64: 7,
     torch.float16: 10,
     torch.bfloat16: 16,
 }
 _EAGER = -1
-_PROVIDER = {
-    "enable_cuda_graph": "1",
-    "arena_extend_strategy": "kSameAsRequested",
-    "use_tf32": "0",
-}
+_FLASH_ATTENTION = "1"  # a bit of the provider's sdpa_kernel
 
 
 class Binding(Protocol):
@@ -49,15 +47,22 @@ class GraphSession(Protocol):
 
 
 class _TensorBinding:
-    def __init__(
-        self, session: ort.InferenceSession, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
-    ) -> None:
-        self.io = session.io_binding()
+    """Tensors and, once a session ran on them, what it knows of them."""
+
+    def __init__(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        self._inputs = {name: _place(tensor) for name, tensor in inputs.items()}
+        self._outputs = {name: _place(tensor) for name, tensor in outputs.items()}
         self._tensors = [*inputs.values(), *outputs.values()]  # kept alive
-        for name, tensor in inputs.items():
-            self.io.bind_input(name, *_place(tensor))
-        for name, tensor in outputs.items():
-            self.io.bind_output(name, *_place(tensor))
+        self._bound: dict[ort.InferenceSession, Any] = {}
+
+    def of(self, session: ort.InferenceSession) -> Any:
+        if session not in self._bound:
+            self._bound[session] = binding = session.io_binding()
+            for name, place in self._inputs.items():
+                binding.bind_input(name, *place)
+            for name, place in self._outputs.items():
+                binding.bind_output(name, *place)
+        return self._bound[session]
 
 
 def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
@@ -68,12 +73,45 @@ def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
 
 
 class CudaSession:
-    """Implements `GraphSession` on torch's current stream of `device` at the time of construction."""
+    """Implements `GraphSession` on torch's current stream of `device` at the time of construction.
+
+    Two of ONNX Runtime's sessions share the weights, because what is fast to replay is slow to prepare: cuDNN plans
+    its attention anew for every shape, in 10 to 1000 ms, and the 8-bit products that win on a few rows lose on many.
+    One session replays captured graphs; the other runs shapes that never come again.
+    """
 
     def __init__(
         self, graph: CudaGraph, weights: Mapping[str, torch.Tensor], folder: Path, device: torch.device
     ) -> None:
         """`weights` are on the device; `folder` is the artifact's, where the graph says its weights are."""
+        self._graph = graph
+        self._folder = folder
+        self._provider = {
+            "device_id": str(device.index or 0),
+            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",
+        }
+        self._weights = {weight.name: ort.OrtValue.from_dlpack(weights[weight.name]) for weight in graph.weights}
+        self._run_options: dict[int, ort.RunOptions] = {}
+
+    def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
+        return _TensorBinding(inputs, outputs)
+
+    def run(self, binding: Binding, graph: int | None = None) -> None:
+        assert isinstance(binding, _TensorBinding)
+        session = self._eager if graph is None else self._replaying
+        session.run_with_iobinding(binding.of(session), self._options(_EAGER if graph is None else graph))
+
+    @cached_property
+    def _eager(self) -> ort.InferenceSession:
+        return self._open({"sdpa_kernel": _FLASH_ATTENTION}, {})
+
+    @cached_property
+    def _replaying(self) -> ort.InferenceSession:
+        return self._open({"enable_cuda_graph": "1"}, {"ep.cuda.fpa_intb_gemm": "1"})
+
+    def _open(self, provider: dict[str, str], config: dict[str, str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # The graph is final as it stands. Fusions would rob MatMulNBits of its fast kernels, and constant folding
@@ -81,26 +119,16 @@ class CudaSession:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # A memory plan is kept for every combination of shapes ever seen, and those of prefill and images never end.
         options.enable_mem_pattern = False
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
-        self._weights = {weight.name: ort.OrtValue.from_dlpack(weights[weight.name]) for weight in graph.weights}
-        for name, value in self._weights.items():
-            options.add_initializer(name, value)
-        provider = _PROVIDER | {
-            "device_id": str(device.index or 0),
-            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
-        }
-        self._session = ort.InferenceSession(graph.model, options, providers=[("CUDAExecutionProvider", provider)])
-        self._session.disable_fallback()
-        self._run_options: dict[int, ort.RunOptions] = {}
-
-    def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
-        return _TensorBinding(self._session, inputs, outputs)
-
-    def run(self, binding: Binding, graph: int | None = None) -> None:
-        assert isinstance(binding, _TensorBinding)
-        self._session.run_with_iobinding(binding.io, self._options(_EAGER if graph is None else graph))
+        for key, value in config.items():
+            options.add_session_config_entry(key, value)
+        for name, weight in self._weights.items():
+            options.add_initializer(name, weight)
+        providers = [("CUDAExecutionProvider", self._provider | provider)]
+        session = ort.InferenceSession(self._graph.model, options, providers=providers)
+        session.disable_fallback()
+        return session
 
     def _options(self, graph: int) -> ort.RunOptions:
         if graph not in self._run_options:

@@ -83,13 +83,15 @@ def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered
     precision = resolve_precision(config, devices, checkpoint.spec.dtype)
     artifact = open_artifact(checkpoint, precision, config.storage)
     spec = artifact.spec
-    replicas = _open_replicas(name, artifact, config, loops)
+    prompts = PromptBuilder(checkpoint.folder, spec)
+    images = image_processor(checkpoint.folder, spec) if spec.vision else None
+    replicas = _open_replicas(name, artifact, config, loops)  # last: what fails before it leaves nothing on a device
     return Model(
         name=name,
         folder=checkpoint.folder,
         artifact=artifact,
-        prompts=PromptBuilder(checkpoint.folder, spec),
-        images=image_processor(checkpoint.folder, spec) if spec.vision else None,
+        prompts=prompts,
+        images=images,
         replicas=tuple(zip(replicas, loops, strict=True)),
         context_length=min(replica.context_length for replica in replicas),
     )

@@ -203,7 +203,7 @@ class Device:
 
     def truth(self, one: Sequence) -> list[int]:
         """All its tokens and the next one, that which nobody has read included: a function of those before."""
-        known = one.tokens(0, one.known).tolist()
+        known: list[int] = one.tokens(0, one.known).tolist()
         for _ in range(one.pending + 1):
             known.append(sum(known) % 3)
         return known

@@ -1,0 +1,77 @@
+"""Inputs of a packed call on their way to the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.runtime.cuda.step import Layout, PackedStep, StepBuffer
+
+CPU = torch.device("cpu")
+
+
+def packed(counts: list[int], past: list[int], sampled: int, features: torch.Tensor | None = None) -> PackedStep:
+    tokens = sum(counts)
+    zeros = np.zeros(tokens, np.int32)
+    rows = np.zeros(sampled, np.int32)
+    tables = np.zeros((len(counts), 1), np.int32)
+    return PackedStep(zeros, zeros[None], np.array(counts), np.array(past), tables, rows, rows, features)
+
+
+def test_parts_lie_apart_and_begin_at_16_bytes() -> None:
+    layout = Layout({"a": (3,), "none": (0,), "b": (2, 5), "c": (4,)})
+    assert layout.starts == {"a": 0, "none": 4, "b": 4, "c": 16}
+    assert layout.size == 20
+
+
+def test_what_is_uploaded_is_what_the_views_show() -> None:
+    buffer = StepBuffer(64, CPU)
+    layout = Layout({"a": (3,), "b": (2, 5)})
+    parts = {"a": np.array([1, 2, 3], np.int32), "b": np.arange(10, dtype=np.int32).reshape(2, 5)}
+    buffer.upload(layout, parts)
+    for name, part in parts.items():
+        assert buffer.view(layout, name).tolist() == part.tolist()
+        assert buffer.view(layout, name).is_contiguous()
+
+
+def test_views_stay_where_they_are_and_show_the_newest_step() -> None:
+    buffer, layout = StepBuffer(16, CPU), Layout({"a": (3,)})
+    view = buffer.view(layout, "a")
+    for number in range(7):
+        buffer.upload(layout, {"a": np.full(3, number, np.int32)})
+        assert view.tolist() == [number] * 3
+    assert view.data_ptr() == buffer.view(layout, "a").data_ptr()
+
+
+def test_a_host_buffer_is_left_alone_while_the_next_step_is_built() -> None:
+    """Its copy may not have begun."""
+    buffer, layout = StepBuffer(16, CPU), Layout({"a": (4,)})
+    used = []
+    for number in range(6):
+        buffer.upload(layout, {"a": np.full(4, number, np.int32)})
+        used.append(buffer._turn)
+    assert all(len(set(used[start : start + 3])) == 3 for start in range(4))
+
+
+def test_a_step_that_is_larger_than_the_buffer_is_an_error() -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        StepBuffer(8, CPU).upload(Layout({"a": (9,)}), {"a": np.zeros(9, np.int32)})
+
+
+@pytest.mark.parametrize(
+    ("step", "decodes"),
+    [
+        (packed([1, 1], [5, 9], 2), True),
+        (packed([1], [0], 1), True),  # a prompt of one token is a decode step like any other
+        (packed([1, 2], [5, 9], 2), False),
+        (packed([1, 1], [5, 9], 1), False),  # the end of a chunk that gives no token
+        (packed([1, 1], [5, 9], 2, torch.zeros(1, 4)), False),
+    ],
+)
+def test_one_token_for_each_is_a_decode_step(step: PackedStep, decodes: bool) -> None:
+    assert step.is_decode == decodes
+
+
+def test_the_longest_counts_its_new_tokens() -> None:
+    assert packed([1, 7], [9, 4], 2).longest == 11

@@ -10,14 +10,17 @@ from functools import partial
 import psutil
 import torch
 
+from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact
 from engine.config import EngineConfig
 from engine.device import memory_budget
-from engine.errors import DeviceOutOfMemory
+from engine.errors import DeviceOutOfMemory, InvalidConfig
 from engine.graphs.cuda import cuda_decoder
 from engine.replica import Replica
+from engine.runners.calibration import kv_ranges
 from engine.runners.cuda import CudaRunner
 from engine.runners.kv_budget import BlockSize, kv_budget
+from engine.runtime.cuda.cache_scales import scale_inputs
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.encoder import open_encoder
 from engine.runtime.cuda.failures import DeviceFailures
@@ -38,8 +41,11 @@ _own = threading.local()
 def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
     """Upload, reserve KV blocks from what the budget leaves, capture the decode steps.
 
-    Raises DeviceOutOfMemory when the budget does not hold the weights and some context.
+    Raises DeviceOutOfMemory when the budget does not hold the weights and some context, and InvalidConfig for an int8
+    KV cache beside fp32.
     """
+    if artifact.precision == "fp32" and config.kv_precision == "int8":
+        raise InvalidConfig("kv_precision int8 needs a model in 16 bits; choose precision auto, or kv_precision auto")
     device = torch.device("cuda", index)
     _take_over(device)
     torch.cuda.empty_cache()  # of models that were unloaded
@@ -66,9 +72,16 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     dtype, fused = torch_type(activations), activations != "float32"  # PagedAttention has no kernel for fp32
     before = torch.cuda.mem_get_info(device)[0]
     weights = DeviceWeights(artifact, device)
-    graph = cuda_decoder(artifact, activations, spec.decoder.context_length, fused=fused)
-    session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device)
+    int8_cache = config.kv_precision == "int8"
+    graph = cuda_decoder(artifact, activations, spec.decoder.context_length, fused=fused, int8_cache=int8_cache)
+    open_session = partial(CudaSession, weights=weights.upload(graph.weights), folder=artifact.folder, device=device)
+    session = open_session(graph)
     tower = open_encoder(artifact, activations, device) if spec.vision else None
+    scales = None
+    if int8_cache:
+        checkpoint = find_checkpoint(name, config.storage)
+        scales = scale_inputs(kv_ranges(checkpoint, artifact, activations, open_session, tower, device), device)
+        torch.cuda.empty_cache()
     sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype)
     step_tokens = (config.prefill_chunk or _PREFILL_TOKENS) + slots
     open_decoder = partial(
@@ -78,6 +91,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         slots=slots,
         step_tokens=step_tokens,
         fused=fused,
+        cache_scales=scales,
     )
     block_size = kv_block_size(spec.decoder.head_dim)
     open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
@@ -85,7 +99,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         tower.rehearse(_IMAGE_TOKENS)
     torch.cuda.synchronize(device)
     taken = before - torch.cuda.mem_get_info(device)[0]
-    token_bytes = kv_bytes_per_token(spec.decoder, dtype)
+    token_bytes = kv_bytes_per_token(spec.decoder, torch.int8 if int8_cache else dtype)
     blocks, context_length = kv_budget(
         f"{name} on {device}",
         budget=budget,
@@ -110,7 +124,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=False)
     return Replica(
         name=name,
-        numerics=f"{artifact.digest} cuda {activations}",
+        numerics=f"{artifact.digest} cuda {activations}" + (" int8 kv" if int8_cache else ""),
         device=str(device),
         runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=lambda: memory),
         scheduler=Scheduler(kv, limits),

@@ -39,10 +39,19 @@ class Paged:
     Every step gives the logits of each part's last token.
     """
 
-    def __init__(self, tiny: Tiny, precision: Precision, activations: FloatType, *, cpu_provider: bool = False) -> None:
+    def __init__(
+        self,
+        tiny: Tiny,
+        precision: Precision,
+        activations: FloatType,
+        *,
+        cpu_provider: bool = False,
+        scales: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """`scales` are those of an int8 cache."""
         artifact = tiny.artifact(precision)
         fused = activations != "float32"
-        graph = cuda_decoder(artifact, activations, CONTEXT, fused=fused)
+        graph = cuda_decoder(artifact, activations, CONTEXT, fused=fused, int8_cache=scales is not None)
         weights = DeviceWeights(artifact, CPU).upload(graph.weights)
         self.session: GraphSession = (
             CpuProviderSession(graph, weights, artifact.folder)
@@ -63,9 +72,10 @@ class Paged:
             context_length=CONTEXT,
             step_tokens=STEP_TOKENS,
             fused=fused,
+            cache_scales=scales,
         )
         for cache in self.decoder._caches.values():
-            cache.fill_(torch.nan)  # what nobody wrote is not read
+            cache.fill_(-128 if scales else torch.nan)  # what nobody wrote is not read
         order = np.random.default_rng(0).permutation(SLOTS * columns) + 1
         self._tables = order.reshape(SLOTS, columns).astype(np.int32)
 
@@ -108,3 +118,17 @@ def _features(parts: Sequence[Part], dtype: torch.dtype) -> tuple[torch.Tensor, 
     if (joined < 0).all():
         return None, None
     return torch.from_numpy(np.concatenate([part.case.features for part in parts])).to(dtype), joined
+
+
+def prefix_step(case: Case, count: int) -> PackedStep:
+    """A case's first tokens, text only, in blocks that lie in order."""
+    zero = np.zeros(1, np.int32)
+    return PackedStep(
+        ids=case.token_ids[:count].astype(np.int32),
+        positions=case.positions[:, :count].astype(np.int32),
+        counts=zero + count,
+        past=zero,
+        tables=np.arange(1, 1 - (-count // BLOCK), dtype=np.int32)[None],
+        logits_rows=zero + count - 1,
+        slots=zero,
+    )

@@ -17,13 +17,14 @@ PARTS = ("key", "value")
 class Caches:
     """KV memory of all layers: inputs, and outputs that are the same memory."""
 
-    def __init__(self, builder: CudaBuilder, spec: DecoderSpec) -> None:
+    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, *, int8: bool = False) -> None:
         self._builder = builder
+        self._dtype = np.int8 if int8 else builder.dtype.type
         self._shape = ("blocks", "block_size", spec.kv_heads, spec.head_dim)
         self._written: list[tuple[str, ir.Value]] = []
 
     def input(self, part: str, layer: int) -> ir.Value:
-        return self._builder.input(StepInputs.cache(part, layer), self._builder.dtype.type, self._shape)
+        return self._builder.input(StepInputs.cache(part, layer), self._dtype, self._shape)
 
     def written(self, part: str, layer: int, value: ir.Value) -> None:
         self._written.append((StepInputs.cache_out(part, layer), value))
@@ -31,13 +32,13 @@ class Caches:
     def output(self) -> None:
         """Declare them as the graph's next outputs."""
         for name, value in self._written:
-            self._builder.output(value, name, self._builder.dtype.type)
+            self._builder.output(value, name, self._dtype)
 
 
 class PagedAttention:
     """One node per layer for all sequences of a step, prefilling or decoding."""
 
-    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int) -> None:
+    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int, *, int8_cache: bool) -> None:
         self._builder = builder
         self._spec = spec
         self._heads = Heads(builder, spec, positions)
@@ -46,7 +47,8 @@ class PagedAttention:
         self._blocks = builder.input(StepInputs.BLOCK_TABLE, np.int32, ["B", "M"])
         self._bounds = builder.input(StepInputs.BOUNDS, np.int32, [3])
         self._positions = self._position_input() if spec.rope.axes == 3 else None
-        self._caches = Caches(builder, spec)
+        self._caches = Caches(builder, spec, int8=int8_cache)
+        self._int8_cache = int8_cache
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
         """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
@@ -61,7 +63,7 @@ class PagedAttention:
             *(self._heads.tables if rotate_inside else (None, None)),
             *(None, None),  # slot mapping, head sink
             *(norms if rotate_inside else (None, None)),
-            *(None, None),  # scales of keys and values
+            *(self._scale(part, layer) for part in PARTS),
             self._bounds,
             outputs=3,
             domain=MICROSOFT,
@@ -69,6 +71,7 @@ class PagedAttention:
             kv_num_heads=spec.kv_heads,
             do_rotary=int(rotate_inside),
             qk_norm_epsilon=spec.norm_eps,
+            **{f"{part}_quant_type": "PER_CHANNEL" if self._int8_cache else "NONE" for part in "kv"},
         )
         for part, value in zip(PARTS, written, strict=True):
             self._caches.written(part, layer, value)
@@ -77,6 +80,12 @@ class PagedAttention:
     def output_cache(self) -> None:
         """Declare the caches as outputs, after the logits."""
         self._caches.output()
+
+    def _scale(self, part: str, layer: int) -> ir.Value | None:
+        if not self._int8_cache:
+            return None
+        shape = (self._spec.kv_heads, 1, self._spec.head_dim)
+        return self._builder.input(StepInputs.cache_scale(part, layer), np.float32, shape)
 
     def _position_input(self) -> ir.Value:
         """[3, 1, T] of the type that MRotaryEmbedding takes."""

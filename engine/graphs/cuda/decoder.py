@@ -16,14 +16,18 @@ from engine.graphs.decoder import decoder_graph
 from engine.spec import FloatType
 
 
-def cuda_decoder(artifact: Artifact, activations: FloatType, positions: int, *, fused: bool = True) -> CudaGraph:
+def cuda_decoder(
+    artifact: Artifact, activations: FloatType, positions: int, *, fused: bool = True, int8_cache: bool = False
+) -> CudaGraph:
     """A model for positions below `positions`.
 
-    Its attention is PagedAttention, which a device has in 16 bits, or unless `fused` plain operators.
+    Its attention is PagedAttention, which a device has in 16 bits, or unless `fused` plain operators. With int8 keys
+    and values, decoding takes the operator's fast kernels where 4, 8, 16 or 32 queries share a key; others widen what
+    they read, and steps that prefill widen all keys and values of their sequences first.
     """
     spec = artifact.spec.decoder
     builder = CudaBuilder(artifact, activations)
-    dialect = CudaDecoderDialect(builder, artifact, positions, fused=fused)
+    dialect = CudaDecoderDialect(builder, artifact, positions, fused=fused, int8_cache=int8_cache)
     rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
     logits = decoder_graph(dialect, spec, dialect.token_inputs(), rows)
     builder.output(logits, StepInputs.LOGITS, builder.dtype.type)
@@ -34,12 +38,19 @@ def cuda_decoder(artifact: Artifact, activations: FloatType, positions: int, *, 
 class CudaDecoderDialect:
     """Implements `DecoderDialect`."""
 
-    def __init__(self, builder: CudaBuilder, artifact: Artifact, positions: int, *, fused: bool) -> None:
+    def __init__(
+        self, builder: CudaBuilder, artifact: Artifact, positions: int, *, fused: bool, int8_cache: bool
+    ) -> None:
         self.builder = builder
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
-        attention = PagedAttention if fused else UnfusedAttention
-        self._attention = attention(builder, self._spec, positions)
+        if fused:
+            self._attention: PagedAttention | UnfusedAttention = PagedAttention(
+                builder, self._spec, positions, int8_cache=int8_cache
+            )
+        else:
+            assert not int8_cache, "This is a bug: attention in plain operators keeps no int8."
+            self._attention = UnfusedAttention(builder, self._spec, positions)
 
     def token_inputs(self) -> ir.Value:
         """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""

@@ -20,13 +20,21 @@ class StepInputs:
 
     @staticmethod
     def cache(part: str, layer: int) -> str:
-        """[blocks, block_size, kv_heads, head_dim], read and written in place; `part` is key or value."""
+        """Activations or int8 [blocks, block_size, kv_heads, head_dim], read and written in place.
+
+        `part` is key or value.
+        """
         return f"cache.{part}.{layer}"
 
     @staticmethod
     def cache_out(part: str, layer: int) -> str:
         """The same memory."""
         return f"cache_out.{part}.{layer}"
+
+    @staticmethod
+    def cache_scale(part: str, layer: int) -> str:
+        """float32 [kv_heads, 1, head_dim]: what 1 in an int8 cache stands for; only with one."""
+        return f"cache_scale.{part}.{layer}"
 
 
 class UnfusedInputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -13,7 +15,7 @@ from engine.runtime.cuda.unfused import unfused_parts, unfused_size
 from engine.spec import DecoderSpec
 
 _SLOTS = "slots"
-_PARTS = ("key", "value")
+PARTS = ("key", "value")
 
 
 class PagedDecoder:
@@ -38,23 +40,28 @@ class PagedDecoder:
         context_length: int,
         step_tokens: int,
         fused: bool = True,
+        cache_scales: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `fused` as the graph was made.
+        `cache_scales` are the inputs `StepInputs.cache_scale` of a graph with int8 caches.
 
         `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
         """
         device = slot_tokens.device
         self._session = session
-        self._spec = spec
+        self.spec = spec
         self._fused = fused
         self._block_size = block_size
         self.buckets = Buckets(slots, context_length)
         shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
         self._caches = {
-            StepInputs.cache(part, layer): torch.zeros(shape, dtype=dtype, device=device)
+            StepInputs.cache(part, layer): torch.zeros(
+                shape, dtype=torch.int8 if cache_scales else dtype, device=device
+            )
             for layer in range(spec.layers)
-            for part in _PARTS
+            for part in PARTS
         }
+        self._cache_scales = dict(cache_scales or {})
         self._logits = torch.zeros((slots, spec.vocab), dtype=dtype, device=device)
         self._no_features = torch.zeros((1, spec.hidden), dtype=dtype, device=device)
         self._slot_tokens = slot_tokens
@@ -68,7 +75,7 @@ class PagedDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and the cache."""
+        """Of activations."""
         return self._logits.dtype
 
     @property
@@ -84,17 +91,22 @@ class PagedDecoder:
     def capture(self) -> None:
         """Record every bucket's graph, with rows that write to block 0."""
         for bucket in self.buckets if self._fused else ():
-            self._replay(bucket, _stand_in(bucket, self._spec.rope.axes))
+            self._replay(bucket, _stand_in(bucket, self.spec.rope.axes))
 
     def rehearse(self) -> None:
         """Run the largest prefill step there can be, so that the working memory it takes is taken."""
-        total, longest = self._step_tokens, min(self._step_tokens, self._spec.context_length)
+        total, longest = self._step_tokens, min(self._step_tokens, self.spec.context_length)
         starts = np.arange(0, total, longest, dtype=np.int32)  # one sequence, unless it would be too long for the model
         counts = np.diff(starts, append=np.int32(total))
-        positions = np.broadcast_to(np.arange(total, dtype=np.int32) % longest, (self._spec.rope.axes, total))
+        positions = np.broadcast_to(np.arange(total, dtype=np.int32) % longest, (self.spec.rope.axes, total))
         tables = np.zeros((len(starts), -(-longest // self._block_size)), np.int32)
         ids, zero = np.zeros(total, np.int32), np.zeros(1, np.int32)
         self.run(PackedStep(ids, positions, counts, np.zeros_like(counts), tables, zero, zero))
+
+    def cached(self, part: str, layer: int, table: Int32, tokens: int) -> torch.Tensor:
+        """What the cache holds of a sequence's first tokens, [tokens, kv_heads, head_dim]; `table` has their blocks."""
+        blocks = torch.from_numpy(table.astype(np.int64)).to(self._slot_tokens.device)
+        return self._caches[StepInputs.cache(part, layer)][blocks].flatten(0, 1)[:tokens]
 
     def close(self) -> None:
         """Let go of the session, its graphs and bindings, and KV memory; nothing runs afterwards."""
@@ -126,7 +138,7 @@ class PagedDecoder:
             StepInputs.BLOCK_TABLE: tables,
             _SLOTS: step.slots,
         }
-        if self._spec.rope.axes == 3:
+        if self.spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = np.pad(step.positions, ((0, 0), (0, padding)))
         return parts
 
@@ -160,7 +172,7 @@ class PagedDecoder:
             StepInputs.FEATURE_INDEX: no_image if step.feature_index is None else step.feature_index,
             _SLOTS: step.slots,
         }
-        if self._spec.rope.axes == 3:
+        if self.spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = step.positions
         host_inputs: dict[str, torch.Tensor] = {}
         if self._fused:
@@ -186,14 +198,14 @@ class PagedDecoder:
             StepInputs.BLOCK_TABLE: (batch, self._columns(bucket)),
             _SLOTS: (batch,),
         }
-        return shapes | ({StepInputs.POSITIONS: (3, batch)} if self._spec.rope.axes == 3 else {})
+        return shapes | ({StepInputs.POSITIONS: (3, batch)} if self.spec.rope.axes == 3 else {})
 
     def _bind(self, inputs: dict[str, torch.Tensor], features: torch.Tensor, rows: int) -> Binding:
-        shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features}
+        shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features} | self._cache_scales
         written = {
             StepInputs.cache_out(part, layer): self._caches[StepInputs.cache(part, layer)]
-            for layer in range(self._spec.layers)
-            for part in _PARTS
+            for layer in range(self.spec.layers)
+            for part in PARTS
         }
         return self._session.bind(inputs | shared | self._caches, {StepInputs.LOGITS: self._logits[:rows]} | written)
 

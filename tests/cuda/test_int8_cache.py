@@ -37,7 +37,7 @@ def test_logits_over_an_int8_cache_are_nearly_the_references(tiny: Tiny) -> None
     steps = [Part(2, case, 0, 50), Part(2, case, 50, PROMPT)]
     steps += [Part(2, case, PROMPT + step, PROMPT + step + 1) for step in range(STEPS)]
     found = np.concatenate([paged.step(part) for part in steps])
-    assert relative_error(found, case.logits[[part.stop - 1 for part in steps]]) < 0.05
+    assert relative_error(found, case.logits[[part.stop - 1 for part in steps]]) < 0.06
 
 
 def test_an_int8_cache_takes_half_the_memory(tiny: Tiny) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engine.cache import Answer, AnswerCache, FeatureCache, answer_key, feature_key
 from engine.catalog import find_checkpoint, known_models
 from engine.config import EngineConfig
-from engine.device import resolve
+from engine.device import Devices, resolve
 from engine.errors import (
     ContextOverflow,
     DeadlineExceeded,
@@ -59,7 +59,8 @@ class Engine:
         self._open: dict[Stream, str] = {}  # and the model each is for
         self._models: dict[str, Future[Model]] = {}
         self._last_used: dict[str, float] = {}
-        self._loops: list[StepLoop] = []  # one for each device, from the first load on
+        self._devices = Devices()  # from the first load on
+        self._loops: list[StepLoop] = []  # one for each of them
         self._jobs_lock = threading.Lock()
         self._jobs: dict[bytes, Job] = {}  # deterministic work under way, by answer key
         self._numbers = 0
@@ -146,12 +147,12 @@ class Engine:
 
     def _load(self, name: str) -> Model:
         """On the loader's thread, which is the only one that starts loops."""
-        devices = resolve(self.config)
         if not self._loops:
+            self._devices = resolve(self.config)  # once: the first model leaves less free than a second look would want
             on_features = None if self._features is None else self._keep_features
-            names = [f"cuda:{gpu.index}" for gpu in devices.gpus] or ["cpu"]
+            names = [f"cuda:{gpu.index}" for gpu in self._devices.gpus] or ["cpu"]
             self._loops = [StepLoop(name, on_features=on_features, on_step=self._on_step) for name in names]
-        return load_model(name, self.config, devices, self._loops)
+        return load_model(name, self.config, self._devices, self._loops)
 
     def _prepare(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
         try:
@@ -304,7 +305,8 @@ def _fit(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
     if room < 1:
         raise ContextOverflow(
             f"the prompt is {prompt_tokens} tokens; the context holds {context_length}, the answer included. "
-            "Shorten the prompt, use fewer images, or raise kv_cache_mib if that is the smaller limit"
+            "Shorten the prompt, use fewer images, or raise kv_cache_mib (on a GPU, gpu_memory) if that is the smaller"
+            " limit"
         )
     return min(max_tokens, room)
 

@@ -51,9 +51,15 @@ def test_greedy_answers_are_those_of_the_cpu(start: Start, on_gpu: StartOnGpu, m
     assert together(on_gpu(), requests) == on_cpu(start, requests)
 
 
+def test_attention_of_plain_operators_answers_alike(start: Start, on_gpu: StartOnGpu) -> None:
+    """What fp32 runs with on a real device."""
+    requests = greedy(6, "tiny-qwen2-vl")
+    assert together(on_gpu(FakeGpu(fused=False)), requests) == on_cpu(start, requests)
+
+
 @pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl"])
 def test_requests_together_give_the_tokens_that_each_gives_alone(on_gpu: StartOnGpu, model: str) -> None:
-    requests = mixed_requests(12, model, sizes=SIZES[model])
+    requests = mixed_requests(10, model, sizes=SIZES[model])
     engine = on_gpu(FakeGpu(blocks=256))
     expected = alone(engine, requests)
     rows = _decode_rows(replica(engine, model).runner)
@@ -74,7 +80,7 @@ def _decode_rows(runner: Any) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("budget", [1, 7, 33])
+@pytest.mark.parametrize("budget", [3, 33])
 def test_the_prefill_budget_of_a_step_changes_nothing(on_gpu: StartOnGpu, budget: int) -> None:
     requests = mixed_requests(4, "tiny-qwen2-vl", sizes=[(56, 56)])
     expected = together(on_gpu(FakeGpu(prefill_tokens=1024)), requests)
@@ -95,14 +101,14 @@ def test_a_step_of_decoding_sequences_replays_a_captured_graph(on_gpu: StartOnGp
     assert set(session.runs[1:]) < captured
 
 
-@pytest.mark.parametrize("count", range(1, 10))
-def test_a_batch_of_any_size_fits_its_bucket(on_gpu: StartOnGpu, count: int) -> None:
+def test_a_batch_of_any_size_fits_its_bucket(on_gpu: StartOnGpu) -> None:
     requests = [
         request("x" * 3 * number, model="tiny-qwen2-vl", max_tokens=6, ignore_eos=True) for number in range(1, 10)
     ]
     engine = on_gpu(max_batch_size=9)
-    expected = alone(engine, requests[:1]) + alone(engine, requests[1:count])
-    assert together(engine, requests[:count]) == expected
+    expected = alone(engine, requests)
+    for count in range(2, 10):
+        assert together(engine, requests[:count]) == expected[:count]
 
 
 def test_contexts_around_the_edge_of_a_bucket_change_nothing(start: Start, on_gpu: StartOnGpu) -> None:

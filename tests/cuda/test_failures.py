@@ -190,16 +190,17 @@ def test_tokens_that_cannot_be_read_end_their_requests_and_are_never_reused(engi
 
 def test_logits_that_are_no_numbers_fail_one_request_only(engine: Engine) -> None:
     expected = ask(engine, question(30)).wait().result
-    decoder = replica(engine, MODEL).runner.decoder
+    decoder, scheduler = replica(engine, MODEL).runner.decoder, replica(engine, MODEL).scheduler
     run = decoder.run
-    damaged: list[bool] = []
+    damaged: list[int] = []
 
     def broken(step: Any) -> Any:
         logits, slots = run(step)
-        if len(slots) == 2 and not damaged:
-            damaged.append(True)
+        victims = [one.row for one in scheduler.running if one.max_tokens == 300 and one.row in slots]
+        if victims and not damaged and (len(slots) == 2 or len(scheduler.running) == 1):
+            damaged.extend(victims)
             logits = logits.clone()
-            logits[1, 7] = torch.nan
+            logits[slots.tolist().index(victims[0]), 7] = torch.nan
         return logits, slots
 
     decoder.run = broken

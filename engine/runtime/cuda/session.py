@@ -12,6 +12,8 @@ import torch
 
 from engine.graphs.cuda import CudaGraph
 
+ort.set_default_logger_severity(3)  # else a session's creation prints warnings about what is meant to be so
+
 # ONNX's numbers, because numpy has no name for bfloat16.
 _ELEMENT_TYPES = {
     torch.float32: 1,
@@ -105,20 +107,20 @@ class CudaSession:
 
     @cached_property
     def _eager(self) -> ort.InferenceSession:
-        return self._open({"sdpa_kernel": _FLASH_ATTENTION}, {})
+        # A memory plan is kept for every combination of shapes ever seen, and those of prefill and images never end.
+        return self._open({"sdpa_kernel": _FLASH_ATTENTION}, {}, plan_memory=False)
 
     @cached_property
     def _replaying(self) -> ort.InferenceSession:
-        return self._open({"enable_cuda_graph": "1"}, {"ep.cuda.fpa_intb_gemm": "1"})
+        return self._open({"enable_cuda_graph": "1"}, {"ep.cuda.fpa_intb_gemm": "1"}, plan_memory=True)
 
-    def _open(self, provider: dict[str, str], config: dict[str, str]) -> ort.InferenceSession:
+    def _open(self, provider: dict[str, str], config: dict[str, str], *, plan_memory: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # The graph is final as it stands. Fusions would rob MatMulNBits of its fast kernels, and constant folding
         # would read weights from the file.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # A memory plan is kept for every combination of shapes ever seen, and those of prefill and images never end.
-        options.enable_mem_pattern = False
+        options.enable_mem_pattern = plan_memory
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         for key, value in config.items():

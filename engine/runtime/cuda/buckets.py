@@ -19,7 +19,7 @@ class Bucket:
 
 
 class Buckets:
-    """Every size up to the limits has a bucket; padding is at most three eighths of the batch and half of the context."""
+    """Every size up to the limits has a bucket; padding is at most 3/8 of the batch and half of the context."""
 
     def __init__(self, max_batch: int, context_length: int) -> None:
         self._batches = list(_batches(max_batch))

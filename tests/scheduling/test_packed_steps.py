@@ -29,6 +29,7 @@ class LateHost:
 
     def turn(self) -> StepPlan:
         plan = self.schedule.schedule()
+        assert all(chunk.stop <= chunk.sequence.known for chunk in plan.prefill), "prefill of a token nobody knows"
         if plan.sequences:
             sampled = plan.sampled
             plan.advance()
@@ -173,6 +174,16 @@ def test_who_is_set_back_waits_for_its_token_and_says_the_same() -> None:
     assert all(number != 1 for number, _ in pending), "the oldest is never set back"
     assert any(tokens for _, tokens in pending), "nobody was set back with a token under way"
     assert schedule.kv.used_blocks == 0
+
+
+def test_nobody_is_admitted_whose_newest_token_is_not_known() -> None:
+    schedule = scheduler()
+    one = sequence(1, 6)
+    schedule.add(one)
+    one.pending = 1
+    assert not schedule.schedule().sequences
+    one.pending = 0
+    assert schedule.schedule().sequences == [one]
 
 
 def test_what_was_computed_before_a_set_back_is_prefilled_or_found() -> None:

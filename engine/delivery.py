@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from engine.errors import EngineError
@@ -35,29 +35,37 @@ def deliver(job: Job, tokens: list[int], reused: int) -> None:
 
 
 class Delivery:
-    """A thread that makes events, so that the step loop goes on while the device works.
+    """Makes events of tokens: at once for a few jobs, under load on a thread of its own while the step loop goes on.
 
-    It shares the interpreter with the step loop: under load it gathers tokens for PACE_S, but for a job's first one.
+    The thread shares the interpreter with the step loop, so it gathers tokens for PACE_S, but for a job's first one.
     """
 
     def __init__(self, name: str) -> None:
         self._tokens: dict[Job, tuple[list[int], int]] = {}
         self._work: deque[Callable[[], None]] = deque()
+        self._delivering = False
         self._urgent = False
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def tokens(self, chosen: Iterable[ChosenToken]) -> None:
-        """Deliver tokens soon, each job's in order."""
+    def tokens(self, chosen: Sequence[ChosenToken]) -> None:
+        """Deliver tokens now or soon, each job's in order. Called by one thread only."""
         with self._changed:
-            idle = not self._tokens
-            for job, token, reused, is_first in chosen:
-                self._tokens.setdefault(job, ([], reused))[0].append(token)
-                self._urgent |= is_first
-            if idle or self._urgent:
-                self._changed.notify()
+            if self._tokens or self._delivering or len(chosen) > BUSY_JOBS:
+                self._gather(chosen)
+                return
+        for job, token, reused, _ in chosen:
+            deliver(job, [token], reused)
+
+    def _gather(self, chosen: Iterable[ChosenToken]) -> None:
+        idle = not self._tokens
+        for job, token, reused, is_first in chosen:
+            self._tokens.setdefault(job, ([], reused))[0].append(token)
+            self._urgent |= is_first
+        if idle or self._urgent:
+            self._changed.notify()
 
     def work(self, work: Callable[[], None]) -> None:
         """Do something soon, behind what came before."""
@@ -81,12 +89,14 @@ class Delivery:
                 self._changed.wait_for(lambda: self._tokens or self._work or self._closing)
                 tokens, self._tokens = self._tokens, {}
                 work, self._work = self._work, deque()
-                self._urgent = False
+                self._urgent, self._delivering = False, bool(tokens)
                 if self._closing and not tokens and not work:
                     return
             busy = len(tokens) > BUSY_JOBS
             for job, (ids, reused) in tokens.items():
                 deliver(job, ids, reused)
+            with self._changed:
+                self._delivering = False
             for one in work:
                 _do(one)
 

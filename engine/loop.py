@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.delivery import ChosenToken, Delivery, deliver
+from engine.delivery import ChosenToken, Delivery
 from engine.errors import Cancelled, DeviceLost, DeviceOutOfMemory, EngineError, EngineStopped
 from engine.job import Job
 from engine.preprocess import ImageInput
@@ -34,8 +34,7 @@ class StepLoop:
     """Takes in sequences, steps every replica that has work, drops what nobody waits for any more.
 
     `on_features` gets each image's key and features once they are computed, `on_step` a record of each step. A device
-    that runs on while the host works gets its next step before the tokens of the last are read; events are then made on
-    a thread of their own.
+    that runs on while the host works gets its next step before the tokens of the last are read.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class StepLoop:
         self._awake = threading.Condition()
         self._streams_ended = False  # since the last look for abandoned jobs
         self._closing = False
+        self._delivery = Delivery(f"engine-deliver-{device}")
         self._thread = threading.Thread(target=self._run, name=f"engine-step-{device}", daemon=True)
         self._thread.start()
 
@@ -113,8 +113,7 @@ class StepLoop:
         self._take_in()
         for replica in list(self._replicas):
             self._close_replica(replica)
-        if "_behind" in self.__dict__:
-            self._behind.close()
+        self._delivery.close()
 
     def _take_in(self) -> None:
         with self._awake:
@@ -178,7 +177,7 @@ class StepLoop:
             for sequence, token in zip(step.result.sequences, tokens, strict=True)
             if not sequence.ended  # cancelled, or over by a stop word, since the step was launched
         ]
-        self._deliver(replica, [one for one in chosen if one is not None])
+        self._delivery.tokens([one for one in chosen if one is not None])
         if self._on_step is not None:
             self._on_step(_record(replica, step, len(tokens), turn_s, waiting_s))
 
@@ -195,18 +194,6 @@ class StepLoop:
         if token in job.eos or len(sequence.output) >= sequence.max_tokens:
             self._remove(replica, sequence)
         return ChosenToken(job, token, sequence.reused, len(sequence.output) == 1)
-
-    def _deliver(self, replica: Replica, chosen: list[ChosenToken]) -> None:
-        """Now, or behind the loop's back where the device has its next step to work on."""
-        if replica.runner.lag:
-            self._behind.tokens(chosen)
-            return
-        for job, token, reused, _ in chosen:
-            deliver(job, [token], reused)
-
-    @cached_property
-    def _behind(self) -> Delivery:
-        return Delivery(f"engine-deliver-{self.device}")
 
     def _encode(self, replica: Replica, images: list[ImageInput]) -> None:
         """Start the tower on a batch; the result comes back through the inbox."""
@@ -244,7 +231,7 @@ class StepLoop:
             logger.exception("features of images of model %s are not kept", replica.name)
             return
         for key, copy in copies.items():
-            self._behind.work(partial(_keep, on_features, replica.numerics, key, copy))
+            self._delivery.work(partial(_keep, on_features, replica.numerics, key, copy))
 
     def _give_up(self, replica: Replica, plan: StepPlan, error: Exception) -> None:
         """A step failed: its sequences end, and with a device that is lost all that it has."""

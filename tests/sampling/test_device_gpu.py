@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.request import SamplingParams
 from engine.sampling import NO_TOKEN
 from engine.sampling.device import DeviceSampler
-from tests.sampling.test_device import MIXES, number_of, probabilities
+from tests.sampling.test_device_sampler import MIXES, number_of, probabilities
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""The Triton kernels on the CPU: test_device.py in a process whose Triton interprets instead of compiling."""
+"""The Triton kernels on the CPU: test_device_sampler.py in a process whose Triton interprets instead of compiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 def test_interpreted_kernels_pass_the_tests_of_the_device_sampler() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
     run = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_device.py"))],
+        [*command, str(Path(__file__).with_name("test_device_sampler.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

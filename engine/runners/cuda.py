@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine.errors import DeviceOutOfMemory
 from engine.preprocess import ImageInput
+from engine.runtime.cuda.capture import allow_beside_capture
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.step import Int32, PackedStep
@@ -101,6 +102,7 @@ class CudaRunner:
 
         def wait() -> NDArray[np.floating]:
             if done is not None:
+                allow_beside_capture()
                 done.synchronize()
             array: NDArray[np.floating] = host.numpy()
             return array

@@ -21,6 +21,7 @@ from engine.runners.calibration import kv_ranges
 from engine.runners.cuda import CudaRunner
 from engine.runners.kv_budget import BlockSize, kv_budget
 from engine.runtime.cuda.cache_scales import scale_inputs
+from engine.runtime.cuda.capture import allow_beside_capture
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.encoder import open_encoder
 from engine.runtime.cuda.failures import DeviceFailures
@@ -157,6 +158,7 @@ def kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
 def _take_over(device: torch.device) -> None:
     """Give this thread a stream of its own on the device, once; all its sessions and torch's work go there."""
     if getattr(_own, "stream", None) is None:
+        allow_beside_capture()
         torch.cuda.set_device(device)
         _own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(_own.stream)

@@ -337,5 +337,6 @@ def _replica_status(replica: Replica) -> dict[str, Any]:
         "kv_blocks": scheduler.kv.blocks,
         "kv_blocks_used": scheduler.kv.used_blocks,
         "kv_blocks_indexed": scheduler.kv.indexed_blocks,
+        "kv_tokens": scheduler.kv.capacity,
         "memory": asdict(replica.runner.memory()),
     }

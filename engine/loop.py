@@ -296,4 +296,5 @@ def _record(replica: Replica, step: UnderWay, tokens: int, turn_s: float, waitin
         prefill_tokens=sum(chunk.stop - chunk.start for chunk in plan.prefill),
         images=len(plan.images),
         tokens_out=tokens,
+        device=replica.device,
     )

@@ -24,6 +24,7 @@ class StepRecord:
     images: int  # that went to the encoder
     tokens_out: int  # sampled
     device_s: float | None = None  # by the device's events; None where it has none
+    device: str = ""  # cpu, or cuda:0
 
 
 OnStep = Callable[[StepRecord], None]

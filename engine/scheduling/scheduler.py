@@ -26,6 +26,11 @@ class KV(Protocol):
     def blocks(self) -> int: ...
 
     @property
+    def capacity(self) -> int:
+        """Tokens in all blocks."""
+        ...
+
+    @property
     def used_blocks(self) -> int: ...
 
     @property

@@ -50,13 +50,14 @@ def test_a_known_image_is_not_decoded_again_and_a_known_answer_not_computed(
 
 
 def test_a_fault_in_one_request_ends_that_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def token(job: Job, token: int, *, count: int, reused: int) -> bool:
-        if job.sampling.max_tokens == 77 and count == 5:
+    def faulty(job: Job, tokens: list[int], *, reused: int) -> None:
+        calls.append(job)
+        if job.sampling.max_tokens == 77 and calls.count(job) == 5:
             raise ValueError("a fault")
-        return deliver(job, token, count=count, reused=reused)
+        take(job, tokens, reused=reused)
 
-    deliver = Job.token
-    monkeypatch.setattr(Job, "token", token)
+    take, calls = Job.take, list[Job]()
+    monkeypatch.setattr(Job, "take", faulty)
     engine = Engine(EngineConfig(storage=tmp_path, threads=1, cache_enabled=False))
     good, bad = engine.submit(_request("what?", 60)), engine.submit(_request("what?", 77))
     with pytest.raises(EngineError, match="a fault"):

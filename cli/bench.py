@@ -9,10 +9,8 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Mapping
-from typing import Any
 
-from cli.benches.report import BenchError, Report, print_table
+from cli.benches.report import BenchError, Report, print_card, print_table
 from cli.machine import card
 from engine.errors import EngineError
 
@@ -53,14 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
         "rows": report.rows,
         **report.extra,
     }
-    _print_card(result["card"])
+    print_card(result["card"])
     print_table(report.rows, module.COLUMNS)
     for name, ratio in report.extra.get("ratios", {}).items():
         print(f"last row against the first: {name} {ratio:.2f}x")
     if arguments.json:
         print(json.dumps(result))
     return 0 if report.is_good else 1
-
-
-def _print_card(values: Mapping[str, Any]) -> None:
-    print("  ".join(f"{name}: {value}" for name, value in values.items()), file=sys.stderr)

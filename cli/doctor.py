@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cli.ask import ROOT
-from cli.daemon import Daemon, PluginCrashed, PluginError, RequestTimeout
+from cli.daemon import PluginCrashed, PluginError, RequestTimeout
+from cli.memory import memory_line, opened_memory
+from cli.plugin import plugin
 from cli.settings import add_settings, settings_from
 from engine.config import EngineConfig
 from engine.device import cuda_version, driver_cuda, installed_gpus, resolve
 from engine.errors import DeviceUnavailable, EngineError
 from engine.storage import open_storage
 
+MODEL = "demo"
 PACKAGES = ("dify_plugin", "onnxruntime-gpu", "torch", "transformers", "diskcache", "numpy")
 CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")  # what int8 gains by
 
@@ -34,11 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line per fact; 1 when something keeps the engine from answering."""
+    """A line per fact, or per replica; 1 when something keeps the engine from answering."""
     failed = False
     for name, look in _checks(args):
         try:
-            print(f"{name:<12} {look()}")
+            for line in look().splitlines():
+                print(f"{name:<12} {line}")
         except (EngineError, PluginError, PluginCrashed, RequestTimeout, ImportError, OSError) as problem:
             failed = True
             print(f"{name:<12} PROBLEM: {problem}")
@@ -55,6 +59,7 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], str]]]
     yield "device", lambda: _device(EngineConfig.from_mapping(settings_from(args)))
     yield "storage", lambda: _storage(EngineConfig.from_mapping(settings_from(args)).storage)
     yield "demo", lambda: _demo(settings_from(args))
+    yield "model", lambda: "\n".join(map(memory_line, opened_memory(settings_from(args), MODEL)))
 
 
 def _packages() -> str:
@@ -132,9 +137,9 @@ def _demo(credentials: dict[str, str]) -> str:
     }
     question = {"type": "text", "data": "what color is the shape?"}
     started = time.perf_counter()
-    with Daemon(ROOT, credentials=credentials) as daemon:
+    with plugin(ROOT, credentials) as daemon:
         ready_s = daemon.wait_until_ready()
-        chunks = daemon.invoke_llm([{"role": "user", "content": [image, question]}], {"max_tokens": 8})
+        chunks = daemon.invoke_llm([{"role": "user", "content": [image, question]}], {"max_tokens": 8}, model=MODEL)
         answer = "".join(chunk["delta"]["message"]["content"] for chunk in chunks)
     total_s = time.perf_counter() - started
     return f"answers (plugin ready after {ready_s:.1f} s, first answer {answer!r} after {total_s:.1f} s)"

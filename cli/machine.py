@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -30,7 +31,7 @@ def _version(package: str) -> str | None:
 def peak_memory(pid: int) -> dict[str, int]:
     """Peak resident MiB of a process and of each of its descendants, under the names of their modules."""
     peaks: dict[str, int] = {}
-    for process in [pid, *_descendants(pid)]:
+    for process in [pid, *descendants(pid)]:
         status = Path(f"/proc/{process}/status").read_text()
         peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
         words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
@@ -60,11 +61,13 @@ def _query_gpus(field: str) -> list[str] | None:
     return done.stdout.split("\n")[:-1]
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The processes that a process and its children started; none when it is gone."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *_descendants(int(child))]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it, or a task of it, ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
     return found
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from cli.benches import options
 from cli.benches.report import Report
-from cli.benches.serve import COLUMNS, Load, Settings, measure_row, ratios
+from cli.benches.serve import COLUMNS, Load, Settings, measure_row, report_of
 from cli.settings import add_device_settings, settings_from
 from cli.traffic import traffic
 
@@ -33,4 +33,4 @@ def measure(arguments: argparse.Namespace) -> Report:
         {"row": name, **measure_row(load, chosen | settings, arguments.concurrency)}
         for name, settings in LADDER.items()
     ]
-    return Report(rows, extra=ratios(rows))
+    return report_of(rows, rows)

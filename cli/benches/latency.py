@@ -18,12 +18,13 @@ from typing import Any
 
 from cli.benches import options
 from cli.benches.report import Report, Row
+from cli.benches.serve import ROOT, memory_of, report_of
 from cli.daemon import Daemon
 from cli.measured import Measured, ask, distribution, errors
+from cli.plugin import plugin
 from cli.settings import add_device_settings, settings_from
 from cli.traffic import TrafficRequest, traffic
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 3  # requests of their own, which load the model
 SETTLE_S = 30.0  # for the last write to reach the disk before the first process is killed
 
@@ -52,17 +53,18 @@ def measure(arguments: argparse.Namespace) -> Report:
         with tempfile.TemporaryDirectory(prefix="tessera-bench-") as storage:
             settings = settings_from(arguments) | {"storage": storage, "precision": precision}
             rows.append({"row": precision, **_measure(arguments, settings, count)})
-    return Report(rows)
+            rows[-1]["memory"] = memory_of(settings, arguments.model)
+    return report_of(rows)
 
 
 def _measure(arguments: argparse.Namespace, settings: dict[str, str], count: int) -> Row:
     model, seed, size = arguments.model, arguments.seed, arguments.image_size
     parameters = {"max_tokens": arguments.output_tokens, "temperature": 0.0}
     known, new = traffic(count, size=size, seed=seed), traffic(count, size=size, seed=seed + 1)
-    with Daemon(ROOT, credentials=settings) as daemon:
+    with plugin(ROOT, settings) as daemon:
         before = [ask(daemon, model, request.messages(), parameters) for request in known]
         _settle(Path(settings["storage"]), len(known))
-    with Daemon(ROOT, credentials=settings) as daemon:
+    with plugin(ROOT, settings) as daemon:
         first, *_ = [ask(daemon, model, one.messages(), parameters) for one in traffic(WARM_UP, size=size, seed=-1)]
         from_disk = [ask(daemon, model, request.messages(), parameters) for request in known]
         pairs = [_in_turns(daemon, model, *pair, parameters) for pair in zip(new, known, strict=True)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cli.memory import memory_line
 from engine.errors import EngineError
 
 Row = dict[str, Any]
@@ -35,6 +36,15 @@ def attempt(name: str, measure: Callable[[], Row]) -> Row:
         return {"row": name, **measure()}
     except (BenchError, EngineError) as error:
         return {"row": name, "error": f"{type(error).__name__}: {error}"}
+
+
+def print_card(values: Mapping[str, Any]) -> None:
+    """On stderr; what models occupy in a line each."""
+    facts = {name: value for name, value in values.items() if name != "memory"}
+    print("  ".join(f"{name}: {value}" for name, value in facts.items()), file=sys.stderr)
+    for entry in values.get("memory", ()):
+        line = f"unknown: {entry['problem']}" if "problem" in entry else memory_line(entry)
+        print(": ".join(filter(None, ("memory", entry.get("row"), line))), file=sys.stderr)
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> None:

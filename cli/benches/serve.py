@@ -20,8 +20,11 @@ from cli.benches.report import BenchError, Report, Row
 from cli.daemon import Daemon
 from cli.machine import gpu_mib, peak_memory
 from cli.measured import Measured, ask, summary
+from cli.memory import Entry, opened_memory
+from cli.plugin import plugin
 from cli.settings import add_engine_settings, settings_from
 from cli.traffic import TrafficRequest, traffic
+from engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN_BATCH = 32  # the setting's own default
@@ -58,6 +61,7 @@ class Load:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=options.integers, default="1,8,32", help="default: 1,8,32")
+    parser.add_argument("--against", metavar="DEVICE", help="rows on this device first: what --device gains by it")
     parser.add_argument("--cache", action="store_true", help="leave the answer cache on (default: off)")
     parser.add_argument("--repeats", type=float, default=0.0, help="share of requests that repeat an earlier one")
     parser.add_argument("--trace", action="store_true", help="kernel time over wall time, after the timed requests")
@@ -69,12 +73,37 @@ def measure(arguments: argparse.Namespace) -> Report:
     if arguments.trace and gpu_mib() is None:
         raise BenchError("--trace traces kernels of a CUDA device; there is none")
     settings = {"precision": "auto", **settings_from(arguments), "cache_enabled": str(arguments.cache).lower()}
+    places = [{"device": arguments.against}, {}] if arguments.against else [{}]
     with _load(arguments) as load:
         rows = [
-            {"row": f"{concurrency} concurrent", **measure_row(load, settings, concurrency)}
+            {"row": _name(concurrency, settings | place), **measure_row(load, settings | place, concurrency)}
+            for place in places
             for concurrency in arguments.concurrency
         ]
-    return Report(rows, extra=ratios(rows))
+    return report_of(rows, rows if not arguments.against else [one for one in rows if _is_last_load(one, arguments)])
+
+
+def _is_last_load(row: Row, arguments: argparse.Namespace) -> bool:
+    return bool(row["concurrency"] == arguments.concurrency[-1])
+
+
+def _name(concurrency: int, settings: Settings) -> str:
+    return f"{concurrency} concurrent" + (f", {settings['device']}" if "device" in settings else "")
+
+
+def report_of(rows: Sequence[Row], compared: Sequence[Row] = ()) -> Report:
+    """The rows, the last of those to compare against the first; what their engines occupied goes to the card."""
+    card = {"memory": [{"row": row["row"], **entry} for row in rows for entry in row["memory"]]}
+    kept = [{name: value for name, value in row.items() if name != "memory"} for row in rows]
+    return Report(kept, card, extra=ratios(compared))
+
+
+def memory_of(settings: Mapping[str, str], model: str) -> list[Entry]:
+    """What the engine of a row that was measured occupies. A row stays one where this cannot be told any more."""
+    try:
+        return opened_memory(settings, model)
+    except EngineError as error:
+        return [{"model": model, "problem": f"{type(error).__name__}: {error}"}]
 
 
 @contextlib.contextmanager
@@ -117,15 +146,15 @@ def measure_row(load: Load, settings: Settings, concurrency: int) -> Row:
         traces = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-trace-")))
         env = {"TESSERA_TRACE": str(traces)} if load.traced else {}
         credentials = {"max_waiting": "1024", **settings, "storage": str(storage)}
-        with Daemon(ROOT, credentials=credentials, env=env) as daemon:
+        with plugin(ROOT, credentials, env) as daemon:
             drive(daemon, load.model, load.warm_up[: 2 * concurrency], parameters, concurrency)
             measured = drive(daemon, load.model, load.requests, parameters, concurrency)
-            memory, device = peak_memory(daemon.pid), gpu_mib()
+            peak, device = peak_memory(daemon.pid), gpu_mib()
             traced = {"trace": _trace(daemon, load, parameters, concurrency, traces)} if load.traced else {}
-        sizes = [path.stat().st_size for path in storage.glob("artifacts/*/weights.bin")]
-    memory["all"] = sum(memory.values())
-    result = {**settings, "concurrency": concurrency, **summary(measured), "memory_mib": memory, "gpu_mib": device}
-    return result | {"weight_bytes": sum(sizes)} | traced
+        memory = memory_of(credentials, load.model)
+    peak["all"] = sum(peak.values())
+    result = {**settings, "concurrency": concurrency, **summary(measured), "memory_mib": peak, "gpu_mib": device}
+    return result | {"weight_bytes": memory[0].get("weights"), "memory": memory} | traced
 
 
 def drive(
@@ -176,5 +205,6 @@ def ratios(rows: Sequence[Row]) -> dict[str, Any]:
     found = {"throughput": last["output_token_throughput"] / first["output_token_throughput"]}
     if first["concurrency"] == last["concurrency"]:
         found["mean_latency"] = first["latency_ms"]["mean"] / last["latency_ms"]["mean"]
-        found["weight_bytes"] = first["weight_bytes"] / last["weight_bytes"]
+        if first["weight_bytes"] and last["weight_bytes"]:
+            found["weight_bytes"] = first["weight_bytes"] / last["weight_bytes"]
     return {"ratios": {name: round(ratio, 2) for name, ratio in found.items()}}

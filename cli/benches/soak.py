@@ -22,6 +22,7 @@ from cli.benches.decode import MIXED
 from cli.benches.in_process import busy, decoder_spec, ensure_model, kv_mib, storage_folder
 from cli.benches.report import Report, Row
 from cli.machine import gpu_mib, resident_mib
+from cli.memory import client_memory
 from cli.settings import settings_from
 from cli.traffic import Size, traffic
 from engine.client import EngineClient
@@ -95,8 +96,10 @@ def measure(arguments: argparse.Namespace) -> Report:
         }
         config = EngineConfig.from_mapping(settings | settings_from(arguments) | {"storage": storage})
         with contextlib.closing(EngineClient(config)) as client:
-            client.count_tokens(model, (Message("user", (Text("?"),)),))  # loads the model
-            return _soak(arguments, client, model)
+            memory = client_memory(client, model)
+            report = _soak(arguments, client, model)
+            report.card["memory"] = memory
+            return report
 
 
 def _soak(arguments: argparse.Namespace, client: EngineClient, model: str) -> Report:

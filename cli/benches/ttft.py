@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cli.benches import options
 from cli.benches.in_process import ensure_model, storage_folder
 from cli.benches.report import Report, Row
-from cli.benches.serve import ROOT, shaped_traffic
+from cli.benches.serve import ROOT, memory_of, shaped_traffic
 from cli.daemon import Daemon
 from cli.machine import gpu_mib, peak_memory
 from cli.measured import Measured, ask, distribution, errors
+from cli.plugin import plugin
 from cli.settings import add_engine_settings, settings_from
 from cli.traffic import TrafficRequest
 
@@ -56,12 +58,13 @@ def _measure(arguments: argparse.Namespace, model: str, storage: Path) -> Report
             ask(daemon, model, request.messages(), parameters),
         )
 
-    with Daemon(ROOT, credentials=settings) as daemon:
+    with plugin(ROOT, settings) as daemon:
         for request in shaped_traffic(arguments, WARM_UP, seed=-1):
             twice(daemon, request)
         pairs = [twice(daemon, request) for request in requests]
-        card = {"memory_mib": peak_memory(daemon.pid), "gpu_mib": gpu_mib()}
+        card: dict[str, Any] = {"memory_mib": peak_memory(daemon.pid), "gpu_mib": gpu_mib()}
     new, known = zip(*pairs, strict=True)
+    card["memory"] = memory_of(settings, model)
     return Report([_row("new image", new), _row("image and prompt known", known)], card)
 
 

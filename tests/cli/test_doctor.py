@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli import doctor
+from cli.memory import Entry
 from engine import device
 from engine.device import Devices, Gpu
 from tests.plugin.fake_plugin import copy_with_fake_engine
@@ -24,6 +25,14 @@ def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "plugin"
     folder.mkdir()
     monkeypatch.setattr(doctor, "ROOT", copy_with_fake_engine(folder))
+    monkeypatch.setattr(doctor, "opened_memory", lambda settings, model: [occupied(model, n) for n in range(2)])
+
+
+def occupied(model: str, gpu: int) -> Entry:
+    """What a replica tells of itself (tests/cli/test_memory.py asks a real one)."""
+    sizes = {"weights": 3000 << 20, "kv": 60_000 << 20, "kv_per_token": 1 << 15, "workspace": 700 << 20}
+    where = {"model": model, "device": f"cuda:{gpu}", "precision": "fp16"}
+    return where | sizes | {"host": 2 << 30, "kv_tokens": 1_920_000}
 
 
 def test_a_healthy_machine_has_a_line_for_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,9 +48,20 @@ def test_a_healthy_machine_has_a_line_for_everything(tmp_path: Path, capsys: pyt
         "device",
         "storage",
         "demo",
+        "model",
     ]
     assert "CPU" in lines["onnxruntime"]
     assert lines["demo"].startswith("answers")
+
+
+def test_each_replica_of_the_model_that_was_tried_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor.run(parse("--storage", str(tmp_path)))
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
+    sizes = "weights 3,000 MiB, KV 60,000 MiB for 1,920,000 tokens, workspace 700 MiB, host 2,048 MiB"
+    assert first == f"model        demo on cuda:0, fp16: {sizes}"
+    assert second == f"model        demo on cuda:1, fp16: {sizes}"
 
 
 def shown_on(

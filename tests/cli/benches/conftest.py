@@ -14,6 +14,7 @@ from cli.__main__ import main
 from cli.benches import checkpoint, shapes
 
 Bench = Callable[..., dict[str, Any]]
+MEMORY = {"model", "device", "precision", "weights", "kv", "kv_per_token", "kv_tokens", "workspace", "host"}  # in cards
 
 
 @pytest.fixture

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from cli.benches import limits, options, profile
-from cli.benches.in_process import Bench, Work, cancel, open_bench, storage_folder, submit
+from cli.benches.in_process import TIMEOUT_S, Bench, Work, cancel, open_bench, storage_folder, submit
 from cli.benches.report import Report, Row, attempt
 from cli.measured import distribution
 from engine.request import SamplingParams
 from engine.stats import StepRecord
 
+_POLL_S = 0.001
 WARM_UP = 8  # steps at full batch before the measured ones: graphs are captured, clocks go up
 MIXED: tuple[dict[str, Any], ...] = (
     {},
@@ -52,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """One row per batch size, the weights loaded once."""
+    """One row per batch size, the weights loaded once. With several devices each of them decodes so many sequences."""
     (context,) = arguments.context
     room = context + 2 * (arguments.steps + WARM_UP) + 64
-    settings = {"prefill_chunk": arguments.prefill_chunk}
+    settings = {"prefill_chunk": arguments.prefill_chunk, "max_waiting": 1024}
     part = options.decoder_part(arguments)
     with storage_folder(arguments) as storage:
         with open_bench(arguments, storage, part, settings, room, max(arguments.batch)) as bench:
@@ -75,13 +77,44 @@ def _measure(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, b
     work: list[Work] = []
     wanted = WARM_UP + arguments.steps
     try:
-        for text, sampling in zip(_prompts(arguments, bench, batch), _sampling(arguments, batch), strict=True):
-            work.append(submit(bench.engine, bench.model.name, text, sampling))
-        records = bench.steps.wait(lambda seen: len(steady(seen, batch)) >= wanted, work)
+        for tokens, sampling in zip(_prompt_tokens(arguments, batch), _sampling(arguments, batch), strict=True):
+            for _ in bench.devices:
+                text = bench.prompts.text(max(bench.prompts.shortest, tokens))
+                work.append(submit(bench.engine, bench.model.name, text, sampling))
+                _wait_placed(bench, len(work))
+        records = bench.steps.wait(SteadySteps(batch, bench.devices, wanted), work)
         traced = {"profile": profile.trace_steps(bench.steps, work)} if arguments.profile else {}
     finally:
         cancel(bench.engine, work)
-    return summary(bench, rates, batch, steady(records, batch)[WARM_UP:wanted]) | traced
+    measured = [pair for device in bench.devices for pair in _of_device(records, device, batch)[WARM_UP:wanted]]
+    return summary(bench, rates, batch, measured) | traced
+
+
+def _wait_placed(bench: Bench, count: int) -> None:
+    """With several devices, until all so far belong to one: two that choose theirs at once may choose the same."""
+    replicas = [replica for replica, _ in bench.model.replicas]
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(replicas) > 1 and sum(replica.load for replica in replicas) < count and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+class SteadySteps:
+    """Whether every device has had so many steps that `steady` counts; called with each record once."""
+
+    def __init__(self, batch: int, devices: Sequence[str], wanted: int) -> None:
+        self._batch = batch
+        self._left = dict.fromkeys(devices, wanted)
+        self._before = dict.fromkeys(devices, False)
+
+    def __call__(self, record: StepRecord) -> bool:
+        now = _only_decodes(record, self._batch)
+        self._left[record.device] -= now and self._before[record.device]
+        self._before[record.device] = now
+        return all(left <= 0 for left in self._left.values())
+
+
+def _of_device(records: Sequence[StepRecord], device: str, batch: int) -> list[tuple[float, StepRecord]]:
+    return steady([record for record in records if record.device == device], batch)
 
 
 def steady(records: Sequence[StepRecord], batch: int) -> list[tuple[float, StepRecord]]:
@@ -111,19 +144,20 @@ def summary(
         "step_ms": step,
         "host_ms": distribution([record.host_s for record in records]),
         "device_ms": distribution(device),
-        "tokens_per_s": round(1e3 * batch / step["median"], 1),
+        "devices": len(bench.devices),
+        "tokens_per_s": round(1e3 * batch * len(bench.devices) / step["median"], 1),
         **cost.against(rates, step["median"] / 1e3),
     }
 
 
-def _prompts(arguments: argparse.Namespace, bench: Bench, batch: int) -> Iterator[str]:
-    """Prompts such that all sequences have about `context` tokens half-way through the measured steps: the first ones
+def _prompt_tokens(arguments: argparse.Namespace, batch: int) -> Iterator[int]:
+    """Lengths such that all sequences have about `context` tokens half-way through the measured steps: the first ones
     decode while the others' prompts are computed, so they start shorter."""
     (context,) = arguments.context
     half = WARM_UP + arguments.steps // 2
     for number in range(batch):
         ahead = math.ceil((batch - 1 - number) * context / arguments.prefill_chunk)
-        yield bench.prompts.text(max(bench.prompts.shortest, context - half - ahead))
+        yield context - half - ahead
 
 
 def _sampling(arguments: argparse.Namespace, batch: int) -> Iterator[SamplingParams]:

@@ -10,13 +10,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cli.benches.report import BenchError
 from cli.benches.shapes import BUNDLED, Part
 from cli.machine import resident_mib
+from cli.memory import replica_memory
 from cli.settings import settings_from
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Checkpoint
@@ -26,7 +27,7 @@ from engine.errors import Cancelled, EngineError
 from engine.model import Model
 from engine.request import Chunk, Event, Finished, Message, Request, SamplingParams, Text
 from engine.spec import DecoderSpec
-from engine.stats import ModelMemory, StepRecord
+from engine.stats import StepRecord
 from engine.stream import Stream
 
 TIMEOUT_S = 150.0  # of one row
@@ -35,8 +36,11 @@ _LETTERS = string.ascii_lowercase + " "
 
 
 class StepLog:
-    """Every step's record, in order. `append` costs the step loop nothing that shows; whoever waits looks now and
-    then instead of being woken for each step."""
+    """Every step's record, in the order in which the steps ended.
+
+    The step loop only appends. Whoever waits shares the interpreter with it, so it looks now and then instead of being
+    woken for each step, and at each record once: a look costs microseconds, however long the log is.
+    """
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
@@ -45,17 +49,28 @@ class StepLog:
         self.records.append(record)
 
     def wait(
-        self, enough: Callable[[Sequence[StepRecord]], bool], work: Sequence[Work], timeout_s: float = TIMEOUT_S
+        self,
+        enough: Callable[[StepRecord], bool],
+        work: Sequence[Work],
+        timeout_s: float = TIMEOUT_S,
+        *,
+        first: int = 0,
     ) -> list[StepRecord]:
-        """Raises BenchError when a piece of work failed or ended too early, or time is up."""
-        deadline = time.monotonic() + timeout_s
-        while not enough(records := self.records.copy()):
+        """All records from number `first` on, once `enough` is true. It sees each of them, once, in order.
+
+        Raises BenchError when a piece of work failed or ended too early, or time is up.
+        """
+        deadline, seen = time.monotonic() + timeout_s, first
+        while True:
+            new = self.records[seen:]
+            seen += len(new)
+            if any(enough(record) for record in new):
+                return self.records[first:seen]
             if ended := next((one for one in work if one.ended is not None), None):
                 raise BenchError(f"a request ended before its steps were measured: {ended.ended}")
             if time.monotonic() > deadline:
                 raise BenchError(f"not enough steps within {timeout_s:.0f} s")
             time.sleep(_POLL_S)
-        return records
 
 
 @dataclass(slots=True, eq=False)
@@ -138,26 +153,27 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """Where the model is: cpu, or cuda:0."""
-        return self.model.replicas[0][0].device
+        """Where the model is, or its first replica: cpu, or cuda:0."""
+        return self.devices[0]
 
     @property
-    def memory(self) -> ModelMemory:
-        return self.model.replicas[0][0].runner.memory()
+    def devices(self) -> list[str]:
+        """One for each replica."""
+        return [replica.device for replica, _ in self.model.replicas]
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.memory.kv_per_token
+        return self.model.replicas[0][0].runner.memory().kv_per_token
 
     def card(self) -> dict[str, Any]:
         artifact = self.model.artifact
         return {
             "model": self.model.name,
             "family": artifact.spec.family,
-            "device": self.device,
+            "device": ", ".join(self.devices),
             "precision": artifact.precision,
             "weight_bytes": artifact.weight_bytes,
-            "memory": asdict(self.memory),
+            "memory": replica_memory(self.engine.status(), self.model.name),
             "host_rss_mib": resident_mib(),
         }
 

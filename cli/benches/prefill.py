@@ -73,6 +73,12 @@ def _round(bench: Bench, batch: int, tokens: int) -> list[StepRecord]:
     bench.steps.records.clear()
     work = [submit(bench.engine, bench.model.name, text, SamplingParams(max_tokens=1)) for text in texts]
     finish(work)
-    wanted = batch * tokens
-    records = bench.steps.wait(lambda seen: sum(record.prefill_tokens for record in seen) >= wanted, [])
+    left = batch * tokens
+
+    def all_there(record: StepRecord) -> bool:
+        nonlocal left
+        left -= record.prefill_tokens
+        return left <= 0
+
+    records = bench.steps.wait(all_there, [])
     return [record for record in records if record.prefill_tokens]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,8 +23,8 @@ def trace_steps(steps: StepLog, work: Sequence[Work]) -> dict[str, Any]:
     from engine.runtime.cuda.trace import trace_kernels
 
     def until_done() -> None:
-        first = len(steps.records)
-        steps.wait(lambda seen: len(seen) >= first + STEPS, work)
+        count = itertools.count(1)
+        steps.wait(lambda _: next(count) >= STEPS, work, first=len(steps.records))
         torch.cuda.synchronize()
 
     started = time.perf_counter()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from cli.__main__ import main
-from tests.cli.benches.conftest import Bench
+from cli.benches import limits
+from tests.cli.benches.conftest import MEMORY, Bench
+from tests.cuda.fake_device import FakeGpu
 
 
 def test_decode_reports_steps_of_exactly_the_batch_with_its_limit(bench: Bench) -> None:
@@ -21,6 +23,21 @@ def test_decode_reports_steps_of_exactly_the_batch_with_its_limit(bench: Bench) 
         assert row["tokens_per_s"] > 0
     assert result["card"]["precision"] == "int8"
     assert result["card"]["copy_gb_per_s"] > 0
+    (memory,) = result["card"]["memory"]
+    assert set(memory) == MEMORY
+
+
+def test_with_two_devices_each_of_them_decodes_the_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu(count=2)
+    monkeypatch.setattr("engine.engine.resolve", fake.devices)
+    monkeypatch.setattr("engine.runners.open_cuda.open_cuda", fake.open)
+    monkeypatch.setattr("cli.benches.limits.measure_rates", lambda *_: limits.Rates(1e9, None, None))
+    words = ["--device", "cuda:0,1", "--precision", "fp32", "--batch", "2", "--context", "96", "--steps", "6"]
+    result = bench("decode", *words)
+    (row,) = result["rows"]
+    assert (row["batch"], row["devices"], row["steps"]) == (2, 2, 12)
+    assert row["tokens_per_s"] == pytest.approx(4e3 / row["step_ms"]["median"], rel=0.01)
+    assert [entry["device"] for entry in result["card"]["memory"]] == ["cuda:0", "cuda:1"]
 
 
 def test_prefill_computes_every_token_of_every_prompt_anew(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cli.benches import limits
-from cli.benches.decode import steady
+from cli.benches.decode import SteadySteps, steady
+from cli.benches.in_process import StepLog
 from cli.benches.report import Report, attempt
 from cli.benches.soak import fault, growth
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
@@ -29,6 +31,39 @@ def _step(finished: float, rows: int, prefill: int = 0, images: int = 0) -> Step
 def test_only_the_distance_between_two_full_and_pure_decode_steps_is_a_step_time() -> None:
     records = [_step(1, 2, prefill=5), _step(2, 4), _step(4, 4), _step(5, 4, images=1), _step(6, 4), _step(6.5, 4)]
     assert [seconds for seconds, _ in steady([*records, _step(9, 3)], 4)] == [2.0, 0.5]
+
+
+def test_waiting_looks_at_each_step_once_and_from_where_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, seen = StepLog(), list[float]()
+    log(_step(0, 1))
+    rest = [_step(number, 1) for number in range(1, 5)]
+    monkeypatch.setattr(time, "sleep", lambda _: log(rest.pop(0)))  # a step between every two looks
+
+    def enough(record: StepRecord) -> bool:
+        seen.append(record.finished_s)
+        return len(seen) == 3
+
+    assert [record.finished_s for record in log.wait(enough, [], first=1)] == [1, 2, 3]
+    assert seen == [1, 2, 3]
+
+
+def test_counting_steps_as_they_come_agrees_with_sorting_them_out_afterwards() -> None:
+    rows = [2, 4, 4, 4, 3, 4, 4, 4]
+    records = [_step(at, count, images=int(at == 6)) for at, count in enumerate(rows)]
+    for wanted in range(1, 4):
+        counting = SteadySteps(4, ["cuda:0"], wanted)
+        enough = next(
+            (n for n, one in enumerate(records) if counting(dataclasses.replace(one, device="cuda:0"))), len(records)
+        )
+        assert len(steady(records[: enough + 1], 4)) == min(wanted, 2)
+        assert (enough < len(records)) == (wanted <= 2)
+
+
+def test_of_several_devices_the_slowest_decides_when_there_are_steps_enough() -> None:
+    counting = SteadySteps(4, ["cuda:0", "cuda:1"], 2)
+    step = [dataclasses.replace(_step(1, 4), device=f"cuda:{number}") for number in range(2)]
+    assert [counting(step[0]) for _ in range(9)] == [False] * 9
+    assert [counting(step[1]) for _ in range(3)] == [False, False, True]
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ class CpuRunner:
             logits.append(decoded[current])
         logits += [self._prefill(chunk) for chunk in plan.prefill]
         tokens = self._sample(logits, sampled)
-        plan.advance()
+        plan.advance(sampled)
         return FinishedStep(sampled, tokens)
 
     def encode(self, images: list[ImageInput]) -> Future[list[Any]]:

@@ -72,12 +72,18 @@ class CudaRunner:
             if chunk.gives_token:
                 self._assign(chunk.sequence)
         sampled = plan.sampled
-        logits, slots = self.decoder.run(_packed(plan, self._kv, self._features(plan), self._spec.decoder.rope.axes))
+        logits, slots = self.decoder.run(self._step(plan))
         copy = self._ring[self._turn]
         self._turn = (self._turn + 1) % _RESULTS
         copy.start(self._sampler.sample(logits, slots) if sampled else None)
-        plan.advance()
+        plan.advance(sampled)
         return PendingStep(sampled, copy, self._failures)
+
+    def _step(self, plan: StepPlan) -> PackedStep:
+        axes = self._spec.decoder.rope.axes
+        if plan.prefill:
+            return _packed_step(plan, self._kv, self._features(plan), axes)
+        return _decode_step(plan.decode, self._kv, axes)
 
     def encode(self, images: list[ImageInput]) -> Future[list[Any]]:
         """The work is only enqueued: what reads the features is enqueued behind it."""
@@ -202,7 +208,24 @@ def _recorded_event() -> torch.cuda.Event:
     return event
 
 
-def _packed(plan: StepPlan, kv: PagedKVCache, features: dict[PrefillChunk, torch.Tensor], axes: int) -> PackedStep:
+def _decode_step(sequences: list[Sequence], kv: PagedKVCache, axes: int) -> PackedStep:
+    """One token for each, the one that was chosen last for its slot."""
+    count = len(sequences)
+    rows = np.array([sequence.row for sequence in sequences], np.int32)
+    past = np.array([sequence.computed for sequence in sequences], np.int32)
+    deltas = np.array([sequence.prompt.position_delta for sequence in sequences], np.int32)
+    return PackedStep(
+        ids=-1 - rows,
+        positions=np.broadcast_to(past + deltas, (axes, count)),
+        counts=np.ones(count, np.int32),
+        past=past,
+        tables=kv.tables[rows, : int(past.max()) // kv.block_size + 1],
+        logits_rows=np.arange(count, dtype=np.int32),
+        slots=rows,
+    )
+
+
+def _packed_step(plan: StepPlan, kv: PagedKVCache, features: dict[PrefillChunk, torch.Tensor], axes: int) -> PackedStep:
     """Decoding rows first, then the chunks, in one call."""
     sequences = plan.sequences
     rows = np.array([sequence.row for sequence in sequences], np.int32)

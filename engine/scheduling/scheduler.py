@@ -107,9 +107,9 @@ class StepPlan:
         decoding = [sequence for sequence in self.decode if sequence.computed + 1 == sequence.length]
         return decoding + [chunk.sequence for chunk in self.prefill if chunk.gives_token]
 
-    def advance(self) -> None:
-        """The step is under way: count as computed what it computes, and as pending what it chooses."""
-        for sequence in self.sampled:
+    def advance(self, sampled: list[Sequence]) -> None:
+        """The step is under way: count as computed what it computes, and a token of each of `sampled` as pending."""
+        for sequence in sampled:
             sequence.pending += 1
         for sequence in self.decode:
             sequence.computed += 1

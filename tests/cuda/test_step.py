@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.runtime.cuda.step import Layout, PackedStep, StepBuffer
+from engine.runtime.cuda.step import PackedStep, StepBuffer
 
 CPU = torch.device("cpu")
 
@@ -20,43 +20,52 @@ def packed(counts: list[int], past: list[int], sampled: int, features: torch.Ten
 
 
 def test_parts_lie_apart_and_begin_at_16_bytes() -> None:
-    layout = Layout({"a": (3,), "none": (0,), "b": (2, 5), "c": (4,)})
-    assert layout.starts == {"a": 0, "none": 4, "b": 4, "c": 16}
-    assert layout.size == 20
+    place = StepBuffer(64, CPU).place({"a": (3,), "none": (0,), "b": (2, 5), "c": (4,)})
+    assert place.starts == {"a": 0, "none": 4, "b": 4, "c": 16}
+    assert place.size == 20
 
 
 def test_what_is_uploaded_is_what_the_views_show() -> None:
-    buffer = StepBuffer(64, CPU)
-    layout = Layout({"a": (3,), "b": (2, 5)})
+    place = StepBuffer(64, CPU).place({"a": (3,), "b": (2, 5)})
     parts = {"a": np.array([1, 2, 3], np.int32), "b": np.arange(10, dtype=np.int32).reshape(2, 5)}
-    buffer.upload(layout, parts)
+    place.upload(parts)
     for name, part in parts.items():
-        assert buffer.view(layout, name).tolist() == part.tolist()
-        assert buffer.view(layout, name).is_contiguous()
+        assert place.view(name).tolist() == part.tolist()
+        assert place.view(name).is_contiguous()
+
+
+def test_a_part_that_is_smaller_than_its_place_is_followed_by_zeros() -> None:
+    place = StepBuffer(64, CPU).place({"a": (3,), "b": (2, 3)})
+    for _ in range(4):  # so that every buffer of the ring has something to be cleared of
+        place.upload({"a": np.full(3, 7, np.int32), "b": np.full((2, 3), 7, np.int32)})
+    place.upload({"a": np.array([1], np.int32), "b": np.array([[1, 2]], np.int32)})
+    assert place.view("a").tolist() == [1, 0, 0]
+    assert place.view("b").tolist() == [[1, 2, 0], [0, 0, 0]]
 
 
 def test_views_stay_where_they_are_and_show_the_newest_step() -> None:
-    buffer, layout = StepBuffer(16, CPU), Layout({"a": (3,)})
-    view = buffer.view(layout, "a")
+    place = StepBuffer(16, CPU).place({"a": (3,)})
+    view = place.view("a")
     for number in range(7):
-        buffer.upload(layout, {"a": np.full(3, number, np.int32)})
+        place.upload({"a": np.full(3, number, np.int32)})
         assert view.tolist() == [number] * 3
-    assert view.data_ptr() == buffer.view(layout, "a").data_ptr()
+    assert view.data_ptr() == place.view("a").data_ptr()
 
 
 def test_a_host_buffer_is_left_alone_while_the_next_step_is_built() -> None:
     """Its copy may not have begun."""
-    buffer, layout = StepBuffer(16, CPU), Layout({"a": (4,)})
+    buffer = StepBuffer(16, CPU)
+    places = [buffer.place({"a": (4,)}), buffer.place({"a": (2,)})]
     used = []
     for number in range(6):
-        buffer.upload(layout, {"a": np.full(4, number, np.int32)})
-        used.append(buffer._turn)
+        places[number % 2].upload({"a": np.full(2, number, np.int32)})
+        used.append(buffer.turn)
     assert all(len(set(used[start : start + 3])) == 3 for start in range(4))
 
 
 def test_a_step_that_is_larger_than_the_buffer_is_an_error() -> None:
-    with pytest.raises((ValueError, RuntimeError)):
-        StepBuffer(8, CPU).upload(Layout({"a": (9,)}), {"a": np.zeros(9, np.int32)})
+    with pytest.raises(ValueError, match="a step of 12 values"):
+        StepBuffer(8, CPU).place({"a": (9,)})
 
 
 @pytest.mark.parametrize(

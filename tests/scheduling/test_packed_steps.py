@@ -32,7 +32,7 @@ class LateHost:
         assert all(chunk.stop <= chunk.sequence.known for chunk in plan.prefill), "prefill of a token nobody knows"
         if plan.sequences:
             sampled = plan.sampled
-            plan.advance()
+            plan.advance(plan.sampled)
             self.under_way.append([(one, one.length - 1) for one in sampled])
         if len(self.under_way) > (1 if plan.sequences else 0):
             self.read()

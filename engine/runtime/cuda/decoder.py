@@ -10,7 +10,7 @@ import torch
 from engine.graphs.cuda import StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
 from engine.runtime.cuda.session import Binding, GraphSession
-from engine.runtime.cuda.step import Int32, Layout, PackedStep, StepBuffer
+from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
 from engine.runtime.cuda.unfused import unfused_parts, unfused_size
 from engine.spec import DecoderSpec
 
@@ -70,7 +70,7 @@ class PagedDecoder:
         size = 8 * step_tokens + 8 * slots + table + 64
         size += 0 if fused else unfused_size(step_tokens, slots, context_length)
         self._buffer = StepBuffer(size, device)
-        self._captured: dict[Bucket, tuple[Layout, Binding]] = {}
+        self._captured: dict[Bucket, tuple[Placement, Binding]] = {}
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
 
     @property
@@ -115,50 +115,42 @@ class PagedDecoder:
         del self._session
 
     def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = self._replay(self.buckets.find(len(step.ids), step.longest), step)
+        place = self._replay(self.buckets.find(len(step.ids), step.longest), step)
         count = len(step.slots)
-        return self._logits[:count], self._buffer.view(layout, _SLOTS)[:count]
+        return self._logits[:count], place.view(_SLOTS)[:count]
 
-    def _replay(self, bucket: Bucket, step: PackedStep) -> Layout:
-        layout, binding = self._captured_bucket(bucket)
-        self._buffer.upload(layout, self._decode_parts(step, bucket))
-        self._session.run(binding, self._graphs[bucket])
-        return layout
-
-    def _decode_parts(self, step: PackedStep, bucket: Bucket) -> dict[str, Int32]:
+    def _replay(self, bucket: Bucket, step: PackedStep) -> Placement:
         """Rows behind the last sequence compute token 0 at place 0 of block 0."""
-        count, columns = len(step.ids), self._columns(bucket)
-        padding = bucket.batch - count
-        tables = np.zeros((bucket.batch, columns), np.int32)
-        width = min(columns, step.tables.shape[1])
-        tables[:count, :width] = step.tables[:, :width]
+        place, binding = self._captured_bucket(bucket)
         parts = {
-            StepInputs.IDS: np.pad(step.ids, (0, padding)),
-            StepInputs.PAST: np.pad(step.past, (0, padding)),
-            StepInputs.BLOCK_TABLE: tables,
+            StepInputs.IDS: step.ids,
+            StepInputs.PAST: step.past,
+            StepInputs.BLOCK_TABLE: step.tables,
             _SLOTS: step.slots,
         }
         if self.spec.rope.axes == 3:
-            parts[StepInputs.POSITIONS] = np.pad(step.positions, ((0, 0), (0, padding)))
-        return parts
+            parts[StepInputs.POSITIONS] = step.positions
+        place.upload(parts)
+        self._session.run(binding, self._graphs[bucket])
+        return place
 
-    def _captured_bucket(self, bucket: Bucket) -> tuple[Layout, Binding]:
+    def _captured_bucket(self, bucket: Bucket) -> tuple[Placement, Binding]:
         if bucket not in self._captured:
             self._captured[bucket] = self._bind_bucket(bucket)
         return self._captured[bucket]
 
-    def _bind_bucket(self, bucket: Bucket) -> tuple[Layout, Binding]:
-        """A layout whose addresses stay, and what never changes beside it: one token for each of `batch` sequences."""
+    def _bind_bucket(self, bucket: Bucket) -> tuple[Placement, Binding]:
+        """What changes from step to step, and what never does: one token for each of `batch` sequences."""
         batch, device = bucket.batch, self._slot_tokens.device
-        layout = Layout(self._shapes(bucket))
+        place = self._buffer.place(self._shapes(bucket))
         order = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        inputs = {name: self._buffer.view(layout, name) for name in layout.shapes if name != _SLOTS} | {
+        inputs = {name: place.view(name) for name in place.starts if name != _SLOTS} | {
             StepInputs.STARTS: order,
             StepInputs.LOGITS_ROWS: order[:batch],
             StepInputs.FEATURE_INDEX: torch.full((batch,), -1, dtype=torch.int32, device=device),
             StepInputs.BOUNDS: torch.tensor([1, bucket.context, bucket.shorter + 1], dtype=torch.int32),
         }
-        return layout, self._bind(inputs, self._no_features, batch)
+        return place, self._bind(inputs, self._no_features, batch)
 
     def _packed(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         columns = -(-step.longest // self._block_size)
@@ -182,12 +174,12 @@ class PagedDecoder:
             host_inputs[StepInputs.BOUNDS] = torch.tensor(bounds, dtype=torch.int32)
         else:
             parts |= unfused_parts(step, columns, self._block_size)
-        layout = Layout({name: part.shape for name, part in parts.items()})
-        self._buffer.upload(layout, parts)
-        inputs = {name: self._buffer.view(layout, name) for name in layout.shapes if name != _SLOTS}
+        place = self._buffer.place({name: part.shape for name, part in parts.items()})
+        place.upload(parts)
+        inputs = {name: place.view(name) for name in parts if name != _SLOTS}
         features = self._no_features if step.features is None else step.features
         self._session.run(self._bind(inputs | host_inputs, features, len(rows)))
-        return self._logits[: len(step.slots)], self._buffer.view(layout, _SLOTS)
+        return self._logits[: len(step.slots)], place.view(_SLOTS)
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
         """Of what changes from one decode step to the next."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,39 +50,62 @@ class PackedStep:
 class StepBuffer:
     """int32 memory on the device, filled by one asynchronous copy per step from one of a ring of host buffers.
 
-    The device's copy may be read until the next `upload`, in the stream's order. A caller must wait for a step before
+    What is on the device may be read until the next upload, in the stream's order. A caller must wait for a step before
     it begins the next but one, or the host buffer would change while it is copied.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_RING)]
-        self._views = [tensor.numpy() for tensor in self._host]
-        self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._turn = 0
+        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+        self.hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_RING)]
+        self.turn = 0
 
-    def upload(self, layout: Layout, parts: Mapping[str, Int32]) -> None:
-        """Copy the parts to where `layout` has them; a part shorter than its place leaves the end as it is."""
-        self._turn = (self._turn + 1) % _RING
-        view = self._views[self._turn]
-        for name, array in parts.items():
-            start = layout.starts[name]
-            view[start : start + array.size] = array.ravel()
-        self._device[: layout.size].copy_(self._host[self._turn][: layout.size], non_blocking=True)
-
-    def view(self, layout: Layout, name: str) -> torch.Tensor:
-        """The part on the device, in its shape."""
-        shape, start = layout.shapes[name], layout.starts[name]
-        return self._device[start : start + int(np.prod(shape))].view(shape)
+    def place(self, shapes: Mapping[str, Sequence[int]]) -> Placement:
+        """Parts of these shapes, from the buffer's beginning on. Raises ValueError if they do not fit."""
+        return Placement(self, shapes)
 
 
-class Layout:
-    """Where parts of given shapes lie in a buffer."""
+class Placement:
+    """Where the parts of a step lie in a buffer. Its addresses stay, so a captured graph may have them."""
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    def __init__(self, buffer: StepBuffer, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._buffer = buffer
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.starts: dict[str, int] = {}
         self.size = 0
-        for name, shape in self.shapes.items():
+        for name, shape in self._shapes.items():
             self.starts[name] = self.size
-            self.size += -(-int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+            self.size += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+        if self.size > len(buffer.device):
+            raise ValueError(f"a step of {self.size} values is larger than its buffer of {len(buffer.device)}")
+        self._device = buffer.device[: self.size]
+        self._hosts: dict[int, tuple[torch.Tensor, dict[str, Int32]]] = {}
+
+    def view(self, name: str) -> torch.Tensor:
+        """The part on the device, in its shape."""
+        shape, start = self._shapes[name], self.starts[name]
+        return self._buffer.device[start : start + math.prod(shape)].view(shape)
+
+    def upload(self, parts: Mapping[str, Int32]) -> None:
+        """Enqueue the copy of a step. A part that is smaller than its place is followed by zeros in every direction."""
+        self._buffer.turn = (self._buffer.turn + 1) % _RING
+        host, views = self._host(self._buffer.turn)
+        for name, part in parts.items():
+            view = views[name]
+            if view.shape != part.shape:
+                view.fill(0)
+                view = view[tuple(map(slice, part.shape))]
+            view[...] = part
+        self._device.copy_(host, non_blocking=True)
+
+    def _host(self, turn: int) -> tuple[torch.Tensor, dict[str, Int32]]:
+        """The ring's buffer and its parts."""
+        if turn not in self._hosts:
+            host = self._buffer.hosts[turn][: self.size]
+            flat = host.numpy()
+            views = {
+                name: flat[start : start + math.prod(self._shapes[name])].reshape(self._shapes[name])
+                for name, start in self.starts.items()
+            }
+            self._hosts[turn] = host, views
+        return self._hosts[turn]

@@ -101,12 +101,11 @@ class CudaTowerDialect:
         return normed, total
 
     def attention(self, x: ir.Value, name: str) -> ir.Value:
-        """Three products instead of one that would have to be split: the operator takes whole tensors."""
-        width = self._spec.hidden
-        parts = [self._linears.linear(x, name, (start, start + width)) for start in range(0, 3 * width, width)]
+        """One product that is split: a single image waits for launches, and three products are more of them."""
+        packed = self.linear(x, name)
         if self._narrow:
-            parts = [self.builder.op("Cast", part, to=int(ir.DataType.FLOAT16)) for part in parts]
-        query, key, value = parts
+            packed = self.builder.op("Cast", packed, to=int(ir.DataType.FLOAT16))
+        query, key, value = self.builder.ops("Split", packed, outputs=3, axis=-1, num_outputs=3)
         if self._rotary:
             query, key = self._rotate(query), self._rotate(key)
         output = self.builder.op(

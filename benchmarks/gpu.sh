@@ -41,7 +41,7 @@ say() { # NAME TEXT
 
 record() { # NAME SECONDS, of `command`
     local started=$SECONDS code last
-    timeout --signal=INT --kill-after=20 "$2" "${command[@]}" >"$out/.$1.stdout" 2>"$out/$1.txt"
+    timeout --foreground --signal=INT --kill-after=20 "$2" "${command[@]}" >"$out/.$1.stdout" 2>"$out/$1.txt"
     code=$?
     last=$(tail -n 1 "$out/.$1.stdout")
     rm -f "$out/$1.json"
@@ -83,7 +83,7 @@ run_tests() { # those that need a GPU; their last line is no JSON, so one is mad
     local python=${PYTHON:-.venv/bin/python}
     command=("$python" -m pytest -m gpu -q --color=no)
     record tests 600
-    printf '{"tests": "%s"}\n' "$(tail -n 1 "$out/tests.txt" | tr -d '"\\')" >"$out/tests.json"
+    printf '{"tests": "%s"}\n' "$(tail -n 1 "$out/tests.txt" | tr -d '"\134')" >"$out/tests.json"
 }
 
 run_all() {
@@ -110,7 +110,7 @@ run_all() {
     run_tests
     measure soak 1 590 soak --shape $qwen "${place[@]}" "${fp16[@]}" --minutes 8 --concurrency 64
 
-    local two=(--device cuda:0,1 --storage "$storage")
+    local two=(--device 'cuda:0,1' --storage "$storage")
     measure decode-2-gpus 2 240 decode --shape $qwen "${two[@]}" "${fp16[@]}" --context 1024 --batch 1,32,64
     measure serve-2-gpus 2 400 serve --shape $qwen "${two[@]}" --against cuda:0 "${fp16[@]}" --image-size 640x480 \
         --prompt-tokens 128 --output-tokens 128 --concurrency 128 --requests 1280

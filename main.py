@@ -6,6 +6,7 @@ break a line of the protocol and lose tokens. Only the SDK's writer keeps the re
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import TextIO
@@ -55,7 +56,9 @@ def main() -> None:
     """Serve until the daemon kills the process."""
     if PROTOCOL is not None:
         give_to_sdk(PROTOCOL)
-    Plugin(DifyPluginEnv()).run()
+    plugin = Plugin(DifyPluginEnv())
+    gc.freeze()  # the SDK's many classes: looking through them for garbage would delay every stream
+    plugin.run()
 
 
 if __name__ == "__main__":

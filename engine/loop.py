@@ -217,7 +217,7 @@ class StepLoop:
         if error:
             logger.error("encoding images for model %s failed", replica.name, exc_info=error)
             failure = error if isinstance(error, EngineError) else EngineError(f"encoding the image failed: {error}")
-            self._fail(replica, replica.scheduler.give_up_images(), failure)
+            self._fail(replica, replica.scheduler.give_up_images([image.key for image in images]), failure)
             return
         features = {image.key: array for image, array in zip(images, done.result(), strict=True)}
         replica.scheduler.deliver(features)

@@ -1,14 +1,14 @@
 """What runs next: decoding rows first, then prefill chunks within a token budget; images beside the steps.
 
 The order follows Sarathi-Serve (Agrawal et al. 2024): a step always takes every decoding sequence along and bounds the
-prefill beside it, so that a long prompt does not stop the others. One batch of images is with the encoder at a time,
-and the next one is whatever has gathered meanwhile.
+prefill beside it, so that a long prompt does not stop the others. The encoder has a batch of images and the next one,
+which is whatever had gathered by then.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from engine.preprocess import ImageInput
 from engine.scheduling.sequence import Sequence
+
+ENCODER_BATCHES = 2  # one that is computed and one that is ready, so that the encoder need not wait for a step's end
 
 
 class KV(Protocol):
@@ -125,7 +127,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by age
         self._limits = limits
-        self._encoding: frozenset[bytes] = frozenset()  # keys of the images that are with the encoder
+        self._encoding: set[bytes] = set()  # keys of the images that are with the encoder
+        self._batches = 0  # that they went there in
         self._overfull = False  # the device could not hold more than what runs
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -153,22 +156,26 @@ class Scheduler:
         plan = StepPlan(decode=decoding)
         prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
         self._plan_prefill(plan, prefilling)
-        if prefilling and not self._encoding:
+        if prefilling and self._batches < ENCODER_BATCHES:
             self._plan_images(plan, prefilling)
         return plan
 
     def deliver(self, features: Mapping[bytes, Any]) -> None:
         """Hand the images' features, by key, to every sequence that shows them; the encoder is free again."""
-        self._encoding = frozenset()
+        self._leave_encoder(features)
         for sequence in self:
             for index, image in enumerate(sequence.images):
                 if image.key in features:
                     sequence.features[index] = features[image.key]
 
-    def give_up_images(self) -> list[Sequence]:
-        """The encoder failed: the sequences that wait for the images it had."""
-        keys, self._encoding = self._encoding, frozenset()
+    def give_up_images(self, keys: Collection[bytes]) -> list[Sequence]:
+        """The encoder failed on a batch: the sequences that wait for its images."""
+        self._leave_encoder(keys)
         return [sequence for sequence in self if any(image.key in keys for image in sequence.images)]
+
+    def _leave_encoder(self, keys: Collection[bytes]) -> None:
+        self._encoding.difference_update(keys)
+        self._batches -= 1
 
     def relieve(self, plan: StepPlan) -> bool:
         """The device could not hold what a step needs: set back its younger half. False for a step of one sequence.
@@ -224,11 +231,14 @@ class Scheduler:
         tokens = 0
         for sequence in prefilling:
             for image in (sequence.images[index] for index in sequence.missing_images()):
-                if image.key not in chosen and (not chosen or tokens + image.tokens <= self._limits.image_tokens):
+                if image.key in chosen or image.key in self._encoding:
+                    continue
+                if not chosen or tokens + image.tokens <= self._limits.image_tokens:
                     chosen[image.key] = image
                     tokens += image.tokens
         plan.images.extend(chosen.values())
-        self._encoding = frozenset(chosen)
+        self._encoding.update(chosen)
+        self._batches += bool(chosen)
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         size = self._limits.prefill_tokens

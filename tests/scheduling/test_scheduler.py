@@ -111,7 +111,7 @@ def test_the_sequences_of_a_failed_encoder_call_are_named() -> None:
     schedule.add(broken)
     schedule.add(fine)
     schedule.schedule()
-    assert schedule.give_up_images() == [broken]
+    assert schedule.give_up_images([b"a"]) == [broken]
     schedule.remove(broken)
     assert [chunk.sequence for chunk in schedule.schedule().prefill] == [fine]
 

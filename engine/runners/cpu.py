@@ -41,6 +41,7 @@ class CpuRunner:
         self._spec = spec
         self.decoder = decoder
         self.tower = encoder
+        self._eos = [token for token in spec.tokens.eos if token < spec.decoder.vocab]
         self._weight_bytes = weight_bytes
         self._kv_bytes = kv_bytes
         self._encoding = ThreadPoolExecutor(1, "engine-encode")
@@ -51,7 +52,7 @@ class CpuRunner:
         if plan.decode:
             decoded = self._decode(plan.decode)
             current = [row for row, sequence in enumerate(plan.decode) if sequence.computed + 1 == sequence.length]
-            logits.append(decoded[current])
+            logits.append(decoded if len(current) == len(decoded) else decoded[current])
         logits += [self._prefill(chunk) for chunk in plan.prefill]
         tokens = self._sample(logits, sampled)
         plan.advance(sampled)
@@ -79,10 +80,10 @@ class CpuRunner:
     def _sample(self, logits: list[NDArray[np.float32]], sequences: list[Sequence]) -> list[int]:
         if not sequences:
             return []
-        stacked = np.concatenate(logits)
+        stacked = logits[0] if len(logits) == 1 else np.concatenate(logits)
         if endless := [row for row, sequence in enumerate(sequences) if sequence.sampler.params.ignore_eos]:
-            eos = [token for token in self._spec.tokens.eos if token < self._spec.decoder.vocab]
-            stacked[np.ix_(endless, eos)] = -np.inf
+            for token in self._eos:
+                stacked[endless, token] = -np.inf
         tokens: list[int] = sample(stacked, [sequence.sampler for sequence in sequences]).tolist()
         for sequence, token in zip(sequences, tokens, strict=True):
             if token != NO_TOKEN:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Model:
     images: ImageProcessor | None
     replicas: tuple[tuple[Replica, StepLoop], ...]
     context_length: int
+    _choosing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def numerics(self) -> str:
@@ -44,8 +46,9 @@ class Model:
 
     def add(self, sequence: Sequence) -> None:
         """Hand a sequence to the replica that has the least to do."""
-        replica, loop = min(self.replicas, key=lambda pair: pair[0].load)
-        loop.add(replica, sequence)
+        with self._choosing:  # two at once would see the same loads
+            replica, loop = min(self.replicas, key=lambda pair: pair[0].load)
+            loop.add(replica, sequence)
 
     def close(self) -> None:
         """Give up all replicas; nobody may use the model any more."""

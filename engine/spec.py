@@ -47,9 +47,14 @@ class DecoderSpec:
     qk_norm: bool = False  # RMS norm over each head of queries and keys, before rotary embedding
 
     @property
+    def kv_values_per_token(self) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """fp32 keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 4
+        return 4 * self.kv_values_per_token
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from engine.families.decoder import DecoderDefaults, decoder_weights, read_decoder, read_tokens
-from engine.families.family import CheckpointConfig, Family, Weight
-from engine.families.section import Section
-from engine.spec import ModelSpec
+from engine.families.decoder import DecoderDefaults
+from engine.families.text import text_family
 
 DEFAULTS = DecoderDefaults(
     layers=32,
@@ -21,21 +19,4 @@ DEFAULTS = DecoderDefaults(
     qk_norm=True,
 )
 
-
-def _spec(config: CheckpointConfig) -> ModelSpec:
-    text = Section(config.model)
-    decoder = read_decoder(text, DEFAULTS, tied=text.boolean("tie_word_embeddings", False))
-    return ModelSpec(family="qwen3", decoder=decoder, tokens=read_tokens(config, text))
-
-
-def _weights(spec: ModelSpec) -> tuple[Weight, ...]:
-    return decoder_weights(spec.decoder)
-
-
-FAMILY = Family(
-    name="qwen3",
-    model_types=("qwen3",),
-    prefixes=(("model.", "text."), ("lm_head.", "head.")),
-    spec=_spec,
-    weights=_weights,
-)
+FAMILY = text_family("qwen3", DEFAULTS)

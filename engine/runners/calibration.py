@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +13,10 @@ from PIL import Image as Picture
 from engine.checkpoints import Artifact
 from engine.checkpoints.kv_ranges import read_kv_ranges, write_kv_ranges
 from engine.graphs.cuda import CudaGraph, cuda_decoder
-from engine.preprocess import ImageInput, image_processor
+from engine.preprocess import image_processor
 from engine.prompts import PromptBuilder
 from engine.request import Image, Message, Text
+from engine.runners.cuda import VisionTower
 from engine.runtime.cuda.cache_scales import measure_ranges
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.session import GraphSession
@@ -59,16 +59,12 @@ outside a delivery van reversed, beeping, into the yard. "Then I will read it to
 """
 
 
-class Tower(Protocol):
-    def encode(self, images: Sequence[ImageInput]) -> list[torch.Tensor]: ...
-
-
 def kv_ranges(
     folder: Path,
     artifact: Artifact,
     activations: FloatType,
     open_session: Callable[[CudaGraph], GraphSession],
-    tower: Tower | None,
+    tower: VisionTower | None,
     device: torch.device,
 ) -> NDArray[np.float32]:
     """[layers, 2, kv_heads, head_dim] as kept beside the artifact, or else measured and kept there.
@@ -108,7 +104,7 @@ def _measured(
         decoder.close()
 
 
-def calibration_step(folder: Path, spec: ModelSpec, tower: Tower | None) -> PackedStep:
+def calibration_step(folder: Path, spec: ModelSpec, tower: VisionTower | None) -> PackedStep:
     """One sequence of a checkpoint's own prompt format, in blocks 1, 2, ..., cut off where its context ends."""
     images = [image_processor(folder, spec).process(_picture(), b"calibration")] if tower is not None else []
     shown = tuple(Image(b"calibration") for _ in images)

@@ -50,7 +50,7 @@ class CudaRunner:
         tower: VisionTower | None,
         kv: PagedKVCache,
         *,
-        memory: Callable[[], ModelMemory],
+        memory: ModelMemory,
     ) -> None:
         self._spec = spec
         self.decoder = decoder
@@ -116,7 +116,7 @@ class CudaRunner:
         return wait
 
     def memory(self) -> ModelMemory:
-        return self._memory()
+        return self._memory
 
     def close(self) -> None:
         self.decoder.close()

@@ -30,7 +30,7 @@ from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.sampling.device import DeviceSampler
 from engine.scheduling.paged import PagedKVCache
 from engine.scheduling.scheduler import Scheduler, StepLimits
-from engine.spec import DecoderSpec, FloatType, Precision
+from engine.spec import FloatType, Precision
 from engine.stats import ModelMemory
 
 _PREFILL_TOKENS = 1024
@@ -84,23 +84,23 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         scales = scale_inputs(kv_ranges(checkpoint, artifact, activations, open_session, tower, device), device)
         torch.cuda.empty_cache()
     sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype)
-    step_tokens = (config.prefill_chunk or _PREFILL_TOKENS) + slots
+    prefill_tokens = config.prefill_chunk or _PREFILL_TOKENS
     open_decoder = partial(
         PagedDecoder,
         *(session, spec.decoder, sampler.slot_tokens),
         dtype=dtype,
         slots=slots,
-        step_tokens=step_tokens,
+        step_tokens=prefill_tokens + slots,
         fused=fused,
         cache_scales=scales,
     )
     block_size = kv_block_size(spec.decoder.head_dim)
-    open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
+    open_decoder(blocks=1, block_size=block_size, context_length=prefill_tokens + slots).rehearse()
     if tower is not None:
         tower.rehearse(_IMAGE_TOKENS)
     torch.cuda.synchronize(device)
     taken = before - torch.cuda.mem_get_info(device)[0]
-    token_bytes = kv_bytes_per_token(spec.decoder, torch.int8 if int8_cache else dtype)
+    token_bytes = spec.decoder.kv_values_per_token * (torch.int8 if int8_cache else dtype).itemsize
     blocks, context_length = kv_budget(
         f"{name} on {device}",
         budget=budget,
@@ -122,12 +122,12 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         workspace=max(0, occupied - weight_bytes - decoder.kv_bytes),
         host=psutil.Process(os.getpid()).memory_info().rss,
     )
-    limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=False)
+    limits = StepLimits(prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)
     return Replica(
         name=name,
         numerics=f"{artifact.digest} cuda {activations}" + (" int8 kv" if int8_cache else ""),
         device=str(device),
-        runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=lambda: memory),
+        runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=memory),
         scheduler=Scheduler(kv, limits),
         context_length=context_length,
     )
@@ -149,10 +149,6 @@ def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:
 def kv_block_size(head_dim: int) -> int:
     """Tokens per block. PagedAttention's kernels for large heads take fewer, and up to 128 are slower on less."""
     return 256 if head_dim <= 128 else 64
-
-
-def kv_bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
-    return 2 * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize
 
 
 def _take_over(device: torch.device) -> None:

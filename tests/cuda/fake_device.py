@@ -16,7 +16,7 @@ from engine.replica import Replica
 from engine.runners.cuda import CudaRunner
 from engine.runners.open_cuda import activation_type
 from engine.runtime.cuda.decoder import PagedDecoder
-from engine.runtime.cuda.encoder import CudaEncoder, tower_weights
+from engine.runtime.cuda.encoder import CudaEncoder
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.sampling.device import DeviceSampler
 from engine.scheduling.paged import PagedKVCache
@@ -68,9 +68,7 @@ class FakeGpu:
         )
         decoder.capture()
         kv = PagedKVCache(slots=slots, blocks=self.blocks, block_size=self.block_size, context_length=context_length)
-        runner = CudaRunner(
-            spec, decoder, sampler, _tower(artifact, config), kv, memory=lambda: ModelMemory(0, 0, 0, 0, 0)
-        )
+        runner = CudaRunner(spec, decoder, sampler, _tower(artifact, config), kv, memory=ModelMemory(0, 0, 0, 0, 0))
         limits = StepLimits(self.prefill_tokens, 1024, aligned_chunks=False)
         replica = Replica(
             name,
@@ -90,7 +88,7 @@ def _tower(artifact: Artifact, config: EngineConfig) -> CudaEncoder | None:
         return None
     activations = activation_type(artifact.precision, artifact.spec.dtype)
     graph = cuda_tower(artifact, activations)
-    session = ReferenceSession(graph.model, tower_weights(artifact, graph.weights, CPU))
+    session = ReferenceSession(graph.model, DeviceWeights(artifact, CPU).upload(graph.weights))
     return CudaEncoder(session, artifact.spec, activations, CPU)
 
 

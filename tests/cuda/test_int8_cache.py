@@ -18,7 +18,7 @@ from engine.graphs.cuda import CudaGraph, StepInputs
 from engine.graphs.cuda.tower import cuda_tower
 from engine.runners.calibration import calibration_step, kv_ranges
 from engine.runtime.cuda.cache_scales import measure_ranges, scale_inputs
-from engine.runtime.cuda.encoder import CudaEncoder, tower_weights
+from engine.runtime.cuda.encoder import CudaEncoder
 from engine.runtime.cuda.weights import DeviceWeights
 from tests.cuda.paged import CPU, Paged, Part, prefix_step
 from tests.cuda.reference import ReferenceSession
@@ -81,7 +81,7 @@ def artifact(storage: Path, tmp_path: Path) -> Artifact:
 
 def _tower(artifact: Artifact) -> CudaEncoder:
     graph = cuda_tower(artifact, "float16")
-    session = ReferenceSession(graph.model, tower_weights(artifact, graph.weights, CPU))
+    session = ReferenceSession(graph.model, DeviceWeights(artifact, CPU).upload(graph.weights))
     return CudaEncoder(session, artifact.spec, "float16", CPU)
 
 

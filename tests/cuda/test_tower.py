@@ -10,8 +10,9 @@ import torch
 
 from engine.checkpoints import Artifact
 from engine.graphs.cuda.tower import TowerInputs, cuda_tower
-from engine.runtime.cuda.encoder import CudaEncoder, packing, tower_weights
+from engine.runtime.cuda.encoder import CudaEncoder, packing
 from engine.runtime.cuda.session import Binding
+from engine.runtime.cuda.weights import DeviceWeights
 from engine.spec import FloatType, Precision, SiglipSpec
 from tests.cuda.reference import ReferenceSession
 from tests.runtime.cases import Picture, pictures, relative_error
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 def encoder(tiny: Tiny, precision: Precision, activations: FloatType, **limits: int) -> CudaEncoder:
     artifact: Artifact = tiny.artifact(precision)
     graph = cuda_tower(artifact, activations)
-    session = ReferenceSession(graph.model, tower_weights(artifact, graph.weights, CPU))
+    session = ReferenceSession(graph.model, DeviceWeights(artifact, CPU).upload(graph.weights))
     return CudaEncoder(session, tiny.spec, activations, CPU, **limits)
 
 

@@ -7,11 +7,9 @@ import onnx_ir as ir
 
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.heads import Heads
-from engine.graphs.cuda.inputs import StepInputs
+from engine.graphs.cuda.inputs import PARTS, StepInputs
 from engine.graphs.cuda.weights import CudaBuilder
 from engine.spec import DecoderSpec
-
-PARTS = ("key", "value")
 
 
 class Caches:

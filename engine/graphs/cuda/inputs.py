@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PARTS = ("key", "value")  # of the KV cache
+
 
 class StepInputs:
     """Names in the graph. B sequences with T new tokens in all; int32 and on the device unless said otherwise."""

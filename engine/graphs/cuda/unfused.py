@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engine.graphs.cuda.attention import PARTS, Caches
+from engine.graphs.cuda.attention import Caches
 from engine.graphs.cuda.heads import Heads
-from engine.graphs.cuda.inputs import StepInputs, UnfusedInputs
+from engine.graphs.cuda.inputs import PARTS, StepInputs, UnfusedInputs
 from engine.graphs.cuda.weights import CudaBuilder
 from engine.spec import DecoderSpec
 

@@ -17,8 +17,9 @@ from engine.spec import FloatType
 BLOCK = 32  # weights per scale of MatMulNBits; its fast kernels know no other block
 
 Form = Literal["plain", "blocks", "block_scales"]
-"""plain: the artifact's values as `dtype`. blocks: int8 [out, in] as uint8 [out, in / BLOCK, BLOCK] around 128.
-block_scales: one scale per output channel, repeated for each block, [out, in / BLOCK]."""
+"""plain: the artifact's values as `dtype`, int8 ones times their scale. blocks: int8 [out, in] as uint8
+[out, in / BLOCK, BLOCK] around 128. block_scales: one scale per output channel, repeated for each block,
+[out, in / BLOCK]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.graphs.cuda import StepInputs
-from engine.runtime.cuda.decoder import PARTS, PagedDecoder
+from engine.graphs.cuda import PARTS, StepInputs
+from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.step import PackedStep
 
 _HEAD_ROOM = 1.25  # other texts reach further; it costs a third of a bit

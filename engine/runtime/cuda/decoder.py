@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from engine.graphs.cuda import StepInputs
+from engine.graphs.cuda import PARTS, StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
 from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
@@ -15,7 +15,6 @@ from engine.runtime.cuda.unfused import unfused_parts, unfused_size
 from engine.spec import DecoderSpec
 
 _SLOTS = "slots"
-PARTS = ("key", "value")
 
 
 class PagedDecoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.checkpoints.artifact import Artifact
-from engine.graphs.cuda import DeviceWeight
 from engine.graphs.cuda.tower import TowerInputs, cuda_tower
-from engine.graphs.cuda.weights import numpy_type
 from engine.runtime.cuda.session import CudaSession, GraphSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.runtime.encoder import TowerInput, vision_rotary
@@ -28,40 +26,9 @@ _KEPT_GRIDS = 32  # rotary tables, a few hundred KiB each
 def open_encoder(artifact: Artifact, activations: FloatType, device: torch.device) -> CudaEncoder:
     """The tower on torch's current stream of `device`. Raises torch.OutOfMemoryError."""
     graph = cuda_tower(artifact, activations)
-    weights = tower_weights(artifact, graph.weights, device)
-    session = CudaSession(graph, weights, artifact.folder, device)
-    weight_bytes = sum(tensor.nbytes for tensor in weights.values())
-    return CudaEncoder(session, artifact.spec, activations, device, weight_bytes=weight_bytes)
-
-
-def tower_weights(artifact: Artifact, wanted: Iterable[DeviceWeight], device: torch.device) -> dict[str, torch.Tensor]:
-    """A tower's tensors by name, on the device; int8 weights are multiplied by their scale."""
-    whole: dict[str, torch.Tensor] = {}
-    tensors = {}
-    for weight in wanted:
-        if weight.source not in whole:
-            whole[weight.source] = _upload(artifact, weight, device)
-        first, stop = weight.rows
-        tensors[weight.name] = whole[weight.source][first:stop]
-    return tensors
-
-
-def _upload(artifact: Artifact, weight: DeviceWeight, device: torch.device) -> torch.Tensor:
-    """All rows of the weight's source."""
-    shape = artifact.entries[weight.source].shape
-    if artifact.entries[weight.source].dtype != "int8":
-        return _plain(artifact, weight.source, shape, weight.dtype, device)
-    scale = f"{weight.source.removesuffix('.weight')}.scale"
-    values = _plain(artifact, weight.source, shape, np.dtype(np.float32), device)
-    scales = _plain(artifact, scale, shape[:1], np.dtype(np.float32), device)
-    return (values * scales[:, None]).to(torch_type(weight.dtype.name))
-
-
-def _plain(
-    artifact: Artifact, source: str, shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device
-) -> torch.Tensor:
-    weight = DeviceWeight(source, source, (0, shape[0]), "plain", dtype, shape)
-    return DeviceWeights(artifact, device).upload([weight])[source]
+    weights = DeviceWeights(artifact, device)
+    session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device)
+    return CudaEncoder(session, artifact.spec, activations, device, weight_bytes=weights.nbytes)
 
 
 class CudaEncoder:
@@ -83,7 +50,7 @@ class CudaEncoder:
         self._session = session
         self._spec = spec.vision
         self._hidden = spec.decoder.hidden
-        self._dtype = torch_type(numpy_type(activations).name)
+        self._dtype = torch_type(activations)
         self._table_dtype = torch.float32 if activations == "float32" else torch.float16
         self._device = device
         self._patches_per_call = patches_per_call

@@ -54,6 +54,9 @@ class DeviceWeights:
         tensor = _from_file(self._artifact.tensor(weight.source)).to(self._device)
         if weight.form == "blocks":
             return tensor.view(torch.uint8) ^ 0x80  # int8 + 128
+        if tensor.dtype == torch.int8:
+            scale = self._artifact.tensor(f"{weight.source.removesuffix('.weight')}.scale")
+            tensor = tensor.float() * _from_file(scale).to(self._device)[:, None]
         return tensor.to(torch_type(weight.dtype.name))
 
 

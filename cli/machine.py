@@ -9,6 +9,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engine.stats import resident_bytes
+
 PACKAGES = ("onnxruntime-gpu", "torch", "triton", "transformers", "numpy", "dify_plugin")
 
 
@@ -42,8 +44,7 @@ def peak_memory(pid: int) -> dict[str, int]:
 
 def resident_mib(pid: int | str = "self") -> int:
     """Resident memory of a process now."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) // 1024
+    return resident_bytes(pid) >> 20
 
 
 def gpu_mib() -> list[int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,9 @@ class ModelMemory:
     kv_per_token: int
     workspace: int  # activations, bindings, captured graphs: what the device lost to loading beyond the other two
     host: int
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """Memory of the host that a process has now."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) * 1024

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from engine.preprocess import ImageInput
@@ -16,7 +15,7 @@ from engine.sampling import NO_TOKEN, sample
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
 from engine.scheduling.sequence import Sequence
 from engine.spec import ModelSpec
-from engine.stats import ModelMemory
+from engine.stats import ModelMemory, resident_bytes
 
 
 class FinishedStep:
@@ -71,7 +70,7 @@ class CpuRunner:
             kv=self._kv_bytes,
             kv_per_token=self._spec.decoder.kv_bytes_per_token,
             workspace=0,
-            host=psutil.Process().memory_info().rss,
+            host=resident_bytes(),
         )
 
     def close(self) -> None:

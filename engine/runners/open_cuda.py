@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import traceback
 from functools import partial
 
-import psutil
 import torch
 
 from engine.catalog import find_checkpoint
@@ -31,7 +29,7 @@ from engine.sampling.device import DeviceSampler
 from engine.scheduling.paged import PagedKVCache
 from engine.scheduling.scheduler import Scheduler, StepLimits
 from engine.spec import FloatType, Precision
-from engine.stats import ModelMemory
+from engine.stats import ModelMemory, resident_bytes
 
 _PREFILL_TOKENS = 1024
 _IMAGE_TOKENS = 1024  # of one encoder batch: a few large images; more would hold up decoding for too long
@@ -120,7 +118,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         kv=decoder.kv_bytes,
         kv_per_token=token_bytes,
         workspace=max(0, occupied - weight_bytes - decoder.kv_bytes),
-        host=psutil.Process(os.getpid()).memory_info().rss,
+        host=resident_bytes(),
     )
     limits = StepLimits(prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)
     return Replica(

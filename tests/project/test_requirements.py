@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -71,3 +73,28 @@ def test_no_requirements_file_names_an_index(file: str) -> None:
 
 def test_there_is_no_lock_file() -> None:
     assert not list(ROOT.glob("*.lock"))
+
+
+def test_what_is_shipped_imports_nothing_that_only_developers_install() -> None:
+    installed = pins("requirements.txt")
+    owners = importlib.metadata.packages_distributions()
+    missing = {
+        (name, str(file.relative_to(ROOT)))
+        for folder in ("engine", "models", "provider", "cli")
+        for file in (ROOT / folder).rglob("*.py")
+        for name in _imported(file)
+        if not any(canonicalize_name(owner) in installed for owner in owners.get(name, ()))
+    }
+    assert not missing
+
+
+def _imported(file: Path) -> set[str]:
+    """Top-level names of packages that are neither Python's nor this project's."""
+    own = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - own - sys.stdlib_module_names

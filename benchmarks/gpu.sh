@@ -27,11 +27,16 @@ bench() { # KIND ARGUMENT ...
     fi
 }
 
-is_chosen() { # NAME GPUS: named, or nothing is and there are GPUs enough
-    local name
-    for name in "${chosen[@]+"${chosen[@]}"}"; do
-        [ "$name" = "$1" ] && return 0
+is_one_of() { # NAME OTHER ...: in the shell itself, since `printf | grep -q` fails when grep is done first
+    local other
+    for other in "${@:2}"; do
+        [ "$other" = "$1" ] && return 0
     done
+    return 1
+}
+
+is_chosen() { # NAME GPUS: named, or nothing is and there are GPUs enough
+    is_one_of "$1" "${chosen[@]+"${chosen[@]}"}" && return
     [ ${#chosen[@]} -eq 0 ] && [ "$gpus" -ge "$2" ]
 }
 
@@ -134,7 +139,7 @@ listing=yes
 run_all
 listing=
 for name in "${chosen[@]+"${chosen[@]}"}"; do
-    if ! printf '%s\n' "${known[@]}" | grep -qxF -e "$name"; then
+    if ! is_one_of "$name" "${known[@]}"; then
         echo "benchmarks/gpu.sh: there is no $name; there are: ${known[*]}" >&2
         exit 2
     fi

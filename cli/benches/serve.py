@@ -28,6 +28,7 @@ from engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN_BATCH = 32  # the setting's own default
+OUTPUT_TOKENS = 128  # what `vllm bench serve` asks random traffic for
 TRACE_DELAY_S = 1.0
 TRACE_S = 1.5
 TRACED = 8  # requests for each of the concurrent ones: longer than the trace
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", action="store_true", help="kernel time over wall time, after the timed requests")
     add_engine_settings(parser)
     options.add_shaped_traffic(parser)
+    parser.set_defaults(output_tokens=OUTPUT_TOKENS)
 
 
 def measure(arguments: argparse.Namespace) -> Report:

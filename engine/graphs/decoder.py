@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from engine.graphs.dialect import DecoderDialect
+from engine.graphs.dialect import DecoderAttention, DecoderLayers, Residual
 from engine.spec import DecoderSpec
 
 
-def decoder_graph(dialect: DecoderDialect, spec: DecoderSpec, x: ir.Value, rows: ir.Value) -> ir.Value:
+def decoder_graph(
+    layers: DecoderLayers, attention: DecoderAttention, spec: DecoderSpec, x: ir.Value, rows: ir.Value
+) -> ir.Value:
     """Logits [R, vocab] of the tokens at `rows` [R], from the embedded tokens and image features x [T, hidden]."""
-    normed = dialect.rms_norm(x, "layers.0.attention_norm", spec.norm_eps)
+    residual = Residual(x)
     for layer in range(spec.layers):
         name = f"layers.{layer}"
-        qkv = dialect.linear(normed, f"{name}.qkv")
-        attention = dialect.linear(dialect.attention(qkv, layer), f"{name}.out")
-        normed, x = dialect.add_rms_norm(attention, x, f"{name}.mlp_norm", spec.norm_eps)
-        mlp = dialect.linear(dialect.silu_gate(normed, f"{name}.gate_up"), f"{name}.down")
-        following = f"layers.{layer + 1}.attention_norm" if layer + 1 < spec.layers else "norm"
-        normed, x = dialect.add_rms_norm(mlp, x, following, spec.norm_eps)
-    chosen = dialect.builder.op("Gather", normed, rows, axis=0)
-    return dialect.linear(chosen, "embedding" if spec.tied_head else "head")
+        qkv = layers.norm_linear(residual, f"{name}.attention_norm", f"{name}.qkv")
+        layers.linear_add(attention.attend(qkv, layer), f"{name}.out", residual)
+        mlp = layers.norm_gate(residual, f"{name}.mlp_norm", f"{name}.gate_up")
+        layers.linear_add(mlp, f"{name}.down", residual)
+    return layers.head(residual, "norm", "embedding" if spec.tied_head else "head", rows)

@@ -1,11 +1,13 @@
 """The words in which a model is described; a dialect says each of them in one target's operators.
 
 Activations are [T, width] throughout, T tokens of all sequences of a call. NAME stands for the artifact's NAME.weight,
-NAME.bias and NAME.scale.
+NAME.bias and NAME.scale: `linear` is x @ weight.T, plus the bias if the artifact has one. Each method appends nodes to
+the builder's graph.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
@@ -13,40 +15,50 @@ import onnx_ir as ir
 from engine.graphs.builder import GraphBuilder
 
 
-class Dialect(Protocol):
-    """Each method appends nodes to the builder."""
+@dataclass(slots=True)
+class Residual:
+    """What a decoder's blocks read and add to. `added` waits for a norm that adds it in passing."""
 
-    @property
-    def builder(self) -> GraphBuilder: ...
-
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """x @ weight.T, plus the bias if the artifact has one."""
-        ...
+    value: ir.Value
+    added: ir.Value | None = None
 
 
-class DecoderDialect(Dialect, Protocol):
-    """What a decoder is made of."""
+class DecoderLayers(Protocol):
+    """All of a decoder but attention. NORM is the weight of an RMS norm, in front of what reads the residual."""
 
-    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value: ...
+    def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value: ...
 
-    def add_rms_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
-        """(norm of the sum, the sum)."""
-        ...
-
-    def silu_gate(self, x: ir.Value, name: str) -> ir.Value:
+    def norm_gate(self, x: Residual, norm: str, name: str) -> ir.Value:
         """silu(gate) * up, where NAME's output is gate and up side by side."""
         ...
 
-    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
+    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None: ...
+
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
+        """NAME's output of the tokens at `rows` [R]."""
+        ...
+
+
+class DecoderAttention(Protocol):
+    def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
         """Rotate queries and keys, append to the KV cache of `layer`, attend causally.
 
         [T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim].
         """
         ...
 
+    def output_cache(self) -> None:
+        """Declare the caches as outputs, after the logits."""
+        ...
 
-class TowerDialect(Dialect, Protocol):
+
+class TowerDialect(Protocol):
     """What a vision tower is made of."""
+
+    @property
+    def builder(self) -> GraphBuilder: ...
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value: ...
 
     def weight(self, name: str) -> ir.Value:
         """A tensor of the artifact."""

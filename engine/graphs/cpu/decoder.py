@@ -9,7 +9,9 @@ from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT, GraphBuilder
 from engine.graphs.cpu.linear import linears
 from engine.graphs.decoder import decoder_graph
+from engine.graphs.dialect import Residual
 from engine.graphs.rotary import rotary_tables
+from engine.spec import DecoderSpec
 
 
 class DecoderInputs:
@@ -44,52 +46,63 @@ def cpu_decoder(artifact: Artifact, capacity: int) -> bytes:
     feature_rows = builder.input(DecoderInputs.FEATURE_ROWS, np.int64, ["F", 1])
     feature_values = builder.input(DecoderInputs.FEATURE_VALUES, np.float32, ["F", spec.hidden])
     rows = builder.input(DecoderInputs.LOGITS_ROWS, np.int64, ["R"])
-    dialect = CpuDecoderDialect(builder, artifact, capacity)
-    x = builder.op("ScatterND", dialect.embedding(token_ids, "embedding"), feature_rows, feature_values)
-    logits = decoder_graph(dialect, spec, x, rows)
-    builder.output(logits, DecoderInputs.LOGITS, np.float32)
-    dialect.output_cache()
+    layers = CpuDecoderLayers(builder, artifact)
+    attention = CpuDecoderAttention(builder, spec, capacity)
+    x = builder.op("ScatterND", layers.embedding(token_ids), feature_rows, feature_values)
+    builder.output(decoder_graph(layers, attention, spec, x, rows), DecoderInputs.LOGITS, np.float32)
+    attention.output_cache()
     return builder.serialise()
 
 
-class CpuDecoderDialect:
-    """Implements `DecoderDialect`."""
+def rms_norm(builder: GraphBuilder, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+    return builder.op("SimplifiedLayerNormalization", x, builder.weight(f"{name}.weight"), axis=-1, epsilon=epsilon)
 
-    def __init__(self, builder: GraphBuilder, artifact: Artifact, capacity: int) -> None:
-        self.builder = builder
+
+class CpuDecoderLayers:
+    """Implements `DecoderLayers`."""
+
+    def __init__(self, builder: GraphBuilder, artifact: Artifact) -> None:
+        self._builder = builder
         self._linears = linears(builder, artifact.precision)
-        self._spec = artifact.spec.decoder
+        self._epsilon = artifact.spec.decoder.norm_eps
+
+    def embedding(self, token_ids: ir.Value) -> ir.Value:
+        return self._linears.embedding(token_ids, "embedding")
+
+    def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
+        return self._linears.linear(rms_norm(self._builder, x.value, norm, self._epsilon), name)
+
+    def norm_gate(self, x: Residual, norm: str, name: str) -> ir.Value:
+        gate, up = self._builder.ops("Split", self.norm_linear(x, norm, name), outputs=2, axis=-1, num_outputs=2)
+        # QuickGelu with alpha 1 is x * sigmoid(x).
+        return self._builder.op("Mul", self._builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
+
+    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
+        # SkipSimplifiedLayerNormalization adds and norms in one node, two to four times slower on this provider.
+        residual.value = self._builder.op("Add", self._linears.linear(x, name), residual.value)
+
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
+        normed = rms_norm(self._builder, x.value, norm, self._epsilon)
+        return self._linears.linear(self._builder.op("Gather", normed, rows, axis=0), name)
+
+
+class CpuDecoderAttention:
+    """Implements `DecoderAttention`."""
+
+    def __init__(self, builder: GraphBuilder, spec: DecoderSpec, capacity: int) -> None:
+        self._builder = builder
+        self._spec = spec
         self._capacity = capacity
         self._shape = builder.input(DecoderInputs.SHAPE, np.int64, [3])
         self._last = builder.input(DecoderInputs.LAST, np.int32, ["B"])
         self._longest = builder.input(DecoderInputs.LONGEST, np.int32, [])
-        rope = self._spec.rope
+        rope = spec.rope
         self._positions = builder.input(DecoderInputs.POSITIONS, np.int64, [3, "B", "S"]) if rope.axes == 3 else None
         self._rotary = rotary_tables(builder, rope, capacity, np.float32)
         self._presents: list[tuple[str, ir.Value]] = []
 
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self._linears.linear(x, name)
-
-    def embedding(self, token_ids: ir.Value, name: str) -> ir.Value:
-        return self._linears.embedding(token_ids, name)
-
-    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        weight = self.builder.weight(f"{name}.weight")
-        return self.builder.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
-
-    def add_rms_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
-        # SkipSimplifiedLayerNormalization does both in one node, two to four times slower on this provider.
-        total = self.builder.op("Add", x, residual)
-        return self.rms_norm(total, name, epsilon), total
-
-    def silu_gate(self, x: ir.Value, name: str) -> ir.Value:
-        gate, up = self.builder.ops("Split", self.linear(x, name), outputs=2, axis=-1, num_outputs=2)
-        # QuickGelu with alpha 1 is x * sigmoid(x).
-        return self.builder.op("Mul", self.builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
-
-    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
-        builder, spec = self.builder, self._spec
+    def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
+        builder, spec = self._builder, self._spec
         shape = ("B", spec.kv_heads, self._capacity, spec.head_dim)
         parts = ("key", "value")
         past = [builder.input(DecoderInputs.past(part, layer), np.float32, shape) for part in parts]
@@ -113,7 +126,7 @@ class CpuDecoderDialect:
         self, packed: ir.Value, layer: str
     ) -> tuple[ir.Value, ir.Value, ir.Value] | tuple[ir.Value, None, None]:
         """[B, S, heads * head_dim] each, or side by side where nothing is to be done that the operator does not do."""
-        builder, spec = self.builder, self._spec
+        builder, spec = self._builder, self._spec
         if not spec.qk_norm and self._positions is None:
             return packed, None, None
         widths = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
@@ -126,13 +139,13 @@ class CpuDecoderDialect:
 
     def _head_norm(self, x: ir.Value, name: str) -> ir.Value:
         """The operator's own norm of queries and keys is not there on this provider."""
-        heads = self.builder.reshape(x, -1, self._spec.head_dim)
-        return self.builder.op("Reshape", self.rms_norm(heads, name, self._spec.norm_eps), self._shape)
+        heads = self._builder.reshape(x, -1, self._spec.head_dim)
+        return self._builder.op("Reshape", rms_norm(self._builder, heads, name, self._spec.norm_eps), self._shape)
 
     def _rotate(self, x: ir.Value, heads: int) -> ir.Value:
         """Three-axis rotary embedding, which GroupQueryAttention does not do itself."""
         rope = self._spec.rope
-        return self.builder.op(
+        return self._builder.op(
             *("MRotaryEmbedding", x, self._positions, *self._rotary),
             domain=MICROSOFT,
             mrope_section=rope.mrope_section,
@@ -141,6 +154,5 @@ class CpuDecoderDialect:
         )
 
     def output_cache(self) -> None:
-        """Declare the cache's outputs, after the logits."""
         for name, value in self._presents:
-            self.builder.output(value, name, np.float32)
+            self._builder.output(value, name, np.float32)

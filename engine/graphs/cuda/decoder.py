@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -13,6 +15,7 @@ from engine.graphs.cuda.linear import cuda_linears
 from engine.graphs.cuda.unfused import UnfusedAttention
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
 from engine.graphs.decoder import decoder_graph
+from engine.graphs.dialect import DecoderAttention, Residual
 from engine.spec import FloatType
 
 
@@ -27,76 +30,73 @@ def cuda_decoder(
     """
     spec = artifact.spec.decoder
     builder = CudaBuilder(artifact, activations)
-    dialect = CudaDecoderDialect(builder, artifact, positions, fused=fused, int8_cache=int8_cache)
+    layers = StockLayers(builder, artifact)
+    attention: DecoderAttention
+    if fused:
+        attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache)
+    else:
+        assert not int8_cache, "This is a bug: attention in plain operators keeps no int8."
+        attention = UnfusedAttention(builder, spec, positions)
     rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
-    logits = decoder_graph(dialect, spec, dialect.token_inputs(), rows)
-    builder.output(logits, StepInputs.LOGITS, builder.dtype.type)
-    dialect.output_cache()
+    tokens = embedded_tokens(builder, layers.embedding, spec.hidden)
+    builder.output(decoder_graph(layers, attention, spec, tokens, rows), StepInputs.LOGITS, builder.dtype.type)
+    attention.output_cache()
     return builder.graph()
 
 
-class CudaDecoderDialect:
-    """Implements `DecoderDialect`."""
+def embedded_tokens(builder: CudaBuilder, embedding: Callable[[ir.Value], ir.Value], hidden: int) -> ir.Value:
+    """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
+    zero, minus_one = builder.constant(0, np.int32), builder.constant(-1, np.int32)
+    ids = builder.input(StepInputs.IDS, np.int32, ["T"])
+    slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
+    slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
+    chosen = builder.op("Gather", slot_tokens, slots, axis=0)
+    tokens = embedding(builder.op("Where", builder.op("Less", ids, zero), chosen, ids))
+    index = builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"])
+    features = builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", hidden])
+    images = builder.op("Gather", features, builder.op("Max", index, zero), axis=0)
+    is_text = builder.reshape(builder.op("Less", index, zero), -1, 1)
+    return builder.op("Where", is_text, tokens, images)
 
-    def __init__(
-        self, builder: CudaBuilder, artifact: Artifact, positions: int, *, fused: bool, int8_cache: bool
-    ) -> None:
-        self.builder = builder
+
+class StockLayers:
+    """Implements `DecoderLayers` in the wheel's operators."""
+
+    def __init__(self, builder: CudaBuilder, artifact: Artifact) -> None:
+        self._builder = builder
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
-        if fused:
-            self._attention: PagedAttention | UnfusedAttention = PagedAttention(
-                builder, self._spec, positions, int8_cache=int8_cache
-            )
-        else:
-            assert not int8_cache, "This is a bug: attention in plain operators keeps no int8."
-            self._attention = UnfusedAttention(builder, self._spec, positions)
 
-    def token_inputs(self) -> ir.Value:
-        """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
-        builder = self.builder
-        zero, minus_one = builder.constant(0, np.int32), builder.constant(-1, np.int32)
-        ids = builder.input(StepInputs.IDS, np.int32, ["T"])
-        slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
-        slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
-        chosen = builder.op("Gather", slot_tokens, slots, axis=0)
-        tokens = self._linears.embedding(
-            builder.op("Where", builder.op("Less", ids, zero), chosen, ids),
-            "embedding",
-        )
-        index = builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"])
-        features = builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", self._spec.hidden])
-        images = builder.op("Gather", features, builder.op("Max", index, zero), axis=0)
-        is_text = builder.reshape(builder.op("Less", index, zero), -1, 1)
-        return builder.op("Where", is_text, tokens, images)
+    def embedding(self, token_ids: ir.Value) -> ir.Value:
+        return self._linears.embedding(token_ids, "embedding")
 
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self._linears.linear(x, name)
+    def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
+        return self._linears.linear(self._norm(x, norm), name)
 
-    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
-        weight = self.builder.device_weight(f"{name}.weight")
-        return self.builder.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
+    def norm_gate(self, x: Residual, norm: str, name: str) -> ir.Value:
+        """Two products instead of one that would have to be split: a copy costs more than a launch."""
+        normed, width = self._norm(x, norm), self._spec.intermediate
+        gate, up = (self._linears.linear(normed, name, rows) for rows in ((0, width), (width, 2 * width)))
+        # QuickGelu with alpha 1 is x * sigmoid(x).
+        return self._builder.op("Mul", self._builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
 
-    def add_rms_norm(self, x: ir.Value, residual: ir.Value, name: str, epsilon: float) -> tuple[ir.Value, ir.Value]:
-        normed, _, _, total = self.builder.ops(
-            "SkipSimplifiedLayerNormalization",
-            *(residual, x, self.builder.device_weight(f"{name}.weight")),
+    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
+        residual.added = self._linears.linear(x, name)
+
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
+        return self._linears.linear(self._builder.op("Gather", self._norm(x, norm), rows, axis=0), name)
+
+    def _norm(self, x: Residual, name: str) -> ir.Value:
+        """The norm of the residual and what waits to be added to it; one launch for both."""
+        builder, epsilon = self._builder, self._spec.norm_eps
+        weight = builder.device_weight(f"{name}.weight")
+        if x.added is None:
+            return builder.op("SimplifiedLayerNormalization", x.value, weight, axis=-1, epsilon=epsilon)
+        normed, _, _, x.value = builder.ops(
+            *("SkipSimplifiedLayerNormalization", x.value, x.added, weight),
             outputs=4,
             domain=MICROSOFT,
             epsilon=epsilon,
         )
-        return normed, total
-
-    def silu_gate(self, x: ir.Value, name: str) -> ir.Value:
-        """Two products instead of one that would have to be split: a copy costs more than a launch."""
-        width = self._spec.intermediate
-        gate, up = (self._linears.linear(x, name, rows) for rows in ((0, width), (width, 2 * width)))
-        # QuickGelu with alpha 1 is x * sigmoid(x).
-        return self.builder.op("Mul", self.builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
-
-    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
-        return self._attention.attend(qkv, layer)
-
-    def output_cache(self) -> None:
-        """Declare the caches as outputs, after the logits."""
-        self._attention.output_cache()
+        x.added = None
+        return normed

@@ -13,6 +13,7 @@ from engine.checkpoints.artifact import Artifact
 
 OPSET = 23
 MICROSOFT = "com.microsoft"
+TESSERA = "tessera"  # our own operators
 _IR_VERSION = 11
 
 Attribute = int | float | str | Sequence[int]
@@ -94,13 +95,20 @@ class GraphBuilder:
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         return self.op("Reshape", value, self.constant(shape, np.int64))
 
+    def names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Of inputs and outputs."""
+        inputs, outputs = (frozenset(str(value.name) for value in values) for values in (self._inputs, self._outputs))
+        return inputs, outputs
+
     def serialise(self) -> bytes:
+        nodes = self._tape.nodes
+        own = {TESSERA: 1} if any(node.domain == TESSERA for node in nodes) else {}
         graph = ir.Graph(
             self._inputs,
             self._outputs,
-            nodes=self._tape.nodes,
+            nodes=nodes,
             initializers=self._tape.initializers,
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={"": OPSET, MICROSOFT: 1} | own,
             name="model",
         )
         model: bytes = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()

@@ -68,11 +68,11 @@ def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -
 def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int) -> Replica:
     spec, slots = artifact.spec, config.max_batch_size
     activations = activation_type(artifact.precision, spec.dtype)
-    dtype, fused = torch_type(activations), activations != "float32"  # PagedAttention has no kernel for fp32
+    dtype, paged = torch_type(activations), activations != "float32"  # PagedAttention has no kernel for fp32
     before = torch.cuda.mem_get_info(device)[0]
     weights = DeviceWeights(artifact, device)
     int8_cache = config.kv_precision == "int8"
-    graph = cuda_decoder(artifact, activations, spec.decoder.context_length, fused=fused, int8_cache=int8_cache)
+    graph = cuda_decoder(artifact, activations, spec.decoder.context_length, paged=paged, int8_cache=int8_cache)
     open_session = partial(CudaSession, weights=weights.upload(graph.weights), folder=artifact.folder, device=device)
     session = open_session(graph)
     tower = open_encoder(artifact, activations, device) if spec.vision else None
@@ -89,7 +89,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         dtype=dtype,
         slots=slots,
         step_tokens=prefill_tokens + slots,
-        fused=fused,
+        paged=paged,
         cache_scales=scales,
     )
     block_size = kv_block_size(spec.decoder.head_dim)

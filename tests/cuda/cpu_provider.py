@@ -19,6 +19,7 @@ class CpuProviderSession:
     """Implements GraphSession; graph numbers mean nothing."""
 
     def __init__(self, graph: CudaGraph, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+        self._graph = graph
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -31,10 +32,10 @@ class CpuProviderSession:
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
         binding = self._session.io_binding()
-        for name, tensor in inputs.items():
-            binding.bind_input(name, *_place(tensor))
-        for name, tensor in outputs.items():
-            binding.bind_output(name, *_place(tensor))
+        for name in self._graph.inputs:
+            binding.bind_input(name, *_place(inputs[name]))
+        for name in self._graph.outputs:
+            binding.bind_output(name, *_place(outputs[name]))
         return _Bound(binding, (inputs, outputs))
 
     def run(self, binding: Binding, graph: int | None = None) -> None:

@@ -36,7 +36,7 @@ class FakeGpu:
     block_size: int = 16
     prefill_tokens: int = 64
     count: int = 1
-    fused: bool = True  # PagedAttention, which here takes fp32 as well
+    paged: bool = True  # PagedAttention, which here takes fp32 as well
     sessions: list[ReferenceSession] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
 
@@ -51,7 +51,7 @@ class FakeGpu:
         activations = activation_type(artifact.precision, spec.dtype)
         weights = DeviceWeights(artifact, CPU)
         context_length = min(spec.decoder.context_length, self.blocks * self.block_size)
-        graph = cuda_decoder(artifact, activations, context_length, fused=self.fused)
+        graph = cuda_decoder(artifact, activations, context_length, paged=self.paged)
         session = ReferenceSession(graph.model, weights.upload(graph.weights))
         sampler = DeviceSampler(slots, spec.decoder.vocab, CPU, torch_type(activations))
         decoder = PagedDecoder(
@@ -64,7 +64,7 @@ class FakeGpu:
             slots=slots,
             context_length=context_length,
             step_tokens=self.prefill_tokens + slots,
-            fused=self.fused,
+            paged=self.paged,
         )
         decoder.capture()
         kv = PagedKVCache(slots=slots, blocks=self.blocks, block_size=self.block_size, context_length=context_length)

@@ -50,8 +50,8 @@ class Paged:
     ) -> None:
         """`scales` are those of an int8 cache."""
         artifact = tiny.artifact(precision)
-        fused = activations != "float32"
-        graph = cuda_decoder(artifact, activations, CONTEXT, fused=fused, int8_cache=scales is not None)
+        paged = activations != "float32"
+        graph = cuda_decoder(artifact, activations, CONTEXT, paged=paged, int8_cache=scales is not None)
         weights = DeviceWeights(artifact, CPU).upload(graph.weights)
         self.session: GraphSession = (
             CpuProviderSession(graph, weights, artifact.folder)
@@ -71,7 +71,7 @@ class Paged:
             slots=SLOTS,
             context_length=CONTEXT,
             step_tokens=STEP_TOKENS,
-            fused=fused,
+            paged=paged,
             cache_scales=scales,
         )
         for cache in self.decoder._caches.values():

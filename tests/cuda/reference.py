@@ -87,7 +87,9 @@ class ReferenceSession:
         self._captured: dict[int, _Capture] = {}
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> ReferenceBinding:
-        """Raises ValueError for names, dtypes and shapes other than the graph declares."""
+        """Raises ValueError for missing names, and for dtypes and shapes other than the graph declares."""
+        inputs = {name: tensor for name, tensor in inputs.items() if name in self._inputs}
+        outputs = {name: tensor for name, tensor in outputs.items() if name in self._outputs}
         _check(inputs, self._inputs)
         _check(outputs, self._outputs)
         return ReferenceBinding(inputs, outputs)
@@ -144,7 +146,7 @@ def _declared(value: onnx.ValueInfoProto) -> _Declared:
 
 def _check(given: Mapping[str, torch.Tensor], declared: Mapping[str, _Declared]) -> None:
     if given.keys() != declared.keys():
-        raise ValueError(f"names {sorted(given.keys() ^ declared.keys())} are bound or declared, not both")
+        raise ValueError(f"nothing is bound to {sorted(declared.keys() - given.keys())}")
     for name, tensor in given.items():
         dtype, shape = declared[name]
         if tensor.dtype != dtype or not _fits(tensor, shape):

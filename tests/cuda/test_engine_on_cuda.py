@@ -54,7 +54,7 @@ def test_greedy_answers_are_those_of_the_cpu(start: Start, on_gpu: StartOnGpu, m
 def test_attention_of_plain_operators_answers_alike(start: Start, on_gpu: StartOnGpu) -> None:
     """What fp32 runs with on a real device."""
     requests = greedy(6, "tiny-qwen2-vl")
-    assert together(on_gpu(FakeGpu(fused=False)), requests) == on_cpu(start, requests)
+    assert together(on_gpu(FakeGpu(paged=False)), requests) == on_cpu(start, requests)
 
 
 @pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl"])

@@ -17,12 +17,20 @@ class Caches:
 
     def __init__(self, builder: CudaBuilder, spec: DecoderSpec, *, int8: bool = False) -> None:
         self._builder = builder
+        self._int8 = int8
         self._dtype = np.int8 if int8 else builder.dtype.type
         self._shape = ("blocks", "block_size", spec.kv_heads, spec.head_dim)
         self._written: list[tuple[str, ir.Value]] = []
 
     def input(self, part: str, layer: int) -> ir.Value:
         return self._builder.input(StepInputs.cache(part, layer), self._dtype, self._shape)
+
+    def scale(self, part: str, layer: int) -> ir.Value | None:
+        """What 1 in a cache of int8 stands for; none in one of activations."""
+        if not self._int8:
+            return None
+        shape = (self._shape[2], 1, self._shape[3])
+        return self._builder.input(StepInputs.cache_scale(part, layer), np.float32, shape)
 
     def written(self, part: str, layer: int, value: ir.Value) -> None:
         self._written.append((StepInputs.cache_out(part, layer), value))
@@ -61,7 +69,7 @@ class PagedAttention:
             *(self._heads.tables if rotate_inside else (None, None)),
             *(None, None),  # slot mapping, head sink
             *(norms if rotate_inside else (None, None)),
-            *(self._scale(part, layer) for part in PARTS),
+            *(self._caches.scale(part, layer) for part in PARTS),
             self._bounds,
             outputs=3,
             domain=MICROSOFT,
@@ -78,12 +86,6 @@ class PagedAttention:
     def output_cache(self) -> None:
         """Declare the caches as outputs, after the logits."""
         self._caches.output()
-
-    def _scale(self, part: str, layer: int) -> ir.Value | None:
-        if not self._int8_cache:
-            return None
-        shape = (self._spec.kv_heads, 1, self._spec.head_dim)
-        return self._builder.input(StepInputs.cache_scale(part, layer), np.float32, shape)
 
     def _position_input(self) -> ir.Value:
         """[3, 1, T] of the type that MRotaryEmbedding takes."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.attention import PagedAttention
+from engine.graphs.cuda.fused import FusedDecodeAttention, FusedLayers, Fusion
 from engine.graphs.cuda.inputs import StepInputs
 from engine.graphs.cuda.linear import cuda_linears
 from engine.graphs.cuda.unfused import UnfusedAttention
@@ -18,45 +17,46 @@ from engine.graphs.decoder import decoder_graph
 from engine.graphs.dialect import DecoderAttention, Residual
 from engine.spec import FloatType
 
+STOCK = Fusion(linear=False, attention=False)
+
 
 def cuda_decoder(
-    artifact: Artifact, activations: FloatType, positions: int, *, fused: bool = True, int8_cache: bool = False
+    artifact: Artifact,
+    activations: FloatType,
+    positions: int,
+    *,
+    paged: bool = True,
+    int8_cache: bool = False,
+    fusion: Fusion = STOCK,
+    decode: bool = False,
 ) -> CudaGraph:
-    """A model for positions below `positions`.
+    """A model for positions below `positions`; with `decode` for steps of one token for each sequence.
 
-    Its attention is PagedAttention, which a device has in 16 bits, or unless `fused` plain operators. With int8 keys
-    and values, decoding takes the operator's fast kernels where 4, 8, 16 or 32 queries share a key; others widen what
-    they read, and steps that prefill widen all keys and values of their sequences first.
+    Its attention is PagedAttention, which a device has in 16 bits, or unless `paged` plain operators, or in a graph for
+    decoding what `fusion` says. PagedAttention with int8 keys and values takes the operator's fast kernels for decoding
+    where 4, 8, 16 or 32 queries share a key; others widen what they read, and steps that prefill widen all keys and
+    values of their sequences first.
     """
     spec = artifact.spec.decoder
     builder = CudaBuilder(artifact, activations)
-    layers = StockLayers(builder, artifact)
-    attention: DecoderAttention
-    if fused:
-        attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache)
+    layers: StockLayers | FusedLayers
+    if fusion.linear and artifact.precision == "int8":
+        layers = FusedLayers(builder, artifact, fusion.float_inputs)
     else:
+        layers = StockLayers(builder, artifact)
+    attention: DecoderAttention
+    if not paged:
         assert not int8_cache, "This is a bug: attention in plain operators keeps no int8."
         attention = UnfusedAttention(builder, spec, positions)
+    elif decode and fusion.attention:
+        attention = FusedDecodeAttention(builder, spec, positions, int8_cache=int8_cache)
+    else:
+        attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache)
     rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
-    tokens = embedded_tokens(builder, layers.embedding, spec.hidden)
-    builder.output(decoder_graph(layers, attention, spec, tokens, rows), StepInputs.LOGITS, builder.dtype.type)
+    logits = decoder_graph(layers, attention, spec, layers.tokens(), rows)
+    builder.output(logits, StepInputs.LOGITS, builder.dtype.type)
     attention.output_cache()
     return builder.graph()
-
-
-def embedded_tokens(builder: CudaBuilder, embedding: Callable[[ir.Value], ir.Value], hidden: int) -> ir.Value:
-    """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
-    zero, minus_one = builder.constant(0, np.int32), builder.constant(-1, np.int32)
-    ids = builder.input(StepInputs.IDS, np.int32, ["T"])
-    slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
-    slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
-    chosen = builder.op("Gather", slot_tokens, slots, axis=0)
-    tokens = embedding(builder.op("Where", builder.op("Less", ids, zero), chosen, ids))
-    index = builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"])
-    features = builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", hidden])
-    images = builder.op("Gather", features, builder.op("Max", index, zero), axis=0)
-    is_text = builder.reshape(builder.op("Less", index, zero), -1, 1)
-    return builder.op("Where", is_text, tokens, images)
 
 
 class StockLayers:
@@ -67,8 +67,20 @@ class StockLayers:
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
 
-    def embedding(self, token_ids: ir.Value) -> ir.Value:
-        return self._linears.embedding(token_ids, "embedding")
+    def tokens(self) -> ir.Value:
+        """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
+        builder = self._builder
+        zero, minus_one = builder.constant(0, np.int32), builder.constant(-1, np.int32)
+        ids = builder.input(StepInputs.IDS, np.int32, ["T"])
+        slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
+        slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
+        chosen = builder.op("Gather", slot_tokens, slots, axis=0)
+        tokens = self._linears.embedding(builder.op("Where", builder.op("Less", ids, zero), chosen, ids), "embedding")
+        index = builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"])
+        features = builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", self._spec.hidden])
+        images = builder.op("Gather", features, builder.op("Max", index, zero), axis=0)
+        is_text = builder.reshape(builder.op("Less", index, zero), -1, 1)
+        return builder.op("Where", is_text, tokens, images)
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linears.linear(self._norm(x, norm), name)

@@ -16,10 +16,10 @@ from engine.spec import FloatType
 
 BLOCK = 32  # weights per scale of MatMulNBits; its fast kernels know no other block
 
-Form = Literal["plain", "blocks", "block_scales"]
-"""plain: the artifact's values as `dtype`, int8 ones times their scale. blocks: int8 [out, in] as uint8
-[out, in / BLOCK, BLOCK] around 128. block_scales: one scale per output channel, repeated for each block,
-[out, in / BLOCK]."""
+Form = Literal["plain", "stored", "blocks", "block_scales"]
+"""plain: the artifact's values as `dtype`, int8 ones times their scale. stored: as they lie there. blocks: int8
+[out, in] as uint8 [out, in / BLOCK, BLOCK] around 128. block_scales: one scale per output channel, repeated for each
+block, [out, in / BLOCK]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,12 @@ class DeviceWeight:
 
 @dataclass(frozen=True, slots=True)
 class CudaGraph:
-    """A serialised model and the weights it must be given; both are needed to open a session."""
+    """A serialised model, the weights it must be given to open a session, and the names of its inputs and outputs."""
 
     model: bytes
     weights: tuple[DeviceWeight, ...]
+    inputs: frozenset[str]
+    outputs: frozenset[str]
 
 
 def numpy_type(activations: FloatType) -> np.dtype[Any]:
@@ -63,14 +65,19 @@ class CudaBuilder(GraphBuilder):
         self, source: str, *, form: Form = "plain", rows: tuple[int, int] | None = None, columns: int = 0
     ) -> ir.Value:
         """`columns` is the number of inputs where the source, a vector of scales, does not tell."""
-        shape = self._artifact.entries[source].shape
+        entry = self._artifact.entries[source]
+        shape = entry.shape
         first, stop = rows or (0, shape[0])
         name = source if form == "plain" and rows is None else f"{source}.{form}.{first}.{stop}"
-        dtype = np.dtype(np.uint8) if form == "blocks" else self.dtype
+        dtype = self.dtype
         match form:
             case "plain":
                 wanted = (stop - first, *shape[1:])
+            case "stored":
+                dtype = np.dtype(entry.dtype)
+                wanted = (stop - first, *shape[1:])
             case "blocks":
+                dtype = np.dtype(np.uint8)
                 wanted = (stop - first, shape[1] // BLOCK, BLOCK)
             case "block_scales":
                 wanted = (stop - first, columns // BLOCK)
@@ -98,4 +105,4 @@ class CudaBuilder(GraphBuilder):
         )
 
     def graph(self) -> CudaGraph:
-        return CudaGraph(self.serialise(), tuple(self._declared.values()))
+        return CudaGraph(self.serialise(), tuple(self._declared.values()), *self.names())

@@ -22,7 +22,7 @@ class PagedDecoder:
 
     Block 0 of the caches belongs to no sequence: rows that fill up a bucket write there.
 
-    A graph whose attention is not fused runs operator by operator, without captured graphs: what it needs of memory
+    A graph whose attention is not paged runs operator by operator, without captured graphs: what it needs of memory
     grows with the bucket's context, and it is there to compare with.
     """
 
@@ -38,18 +38,21 @@ class PagedDecoder:
         slots: int,
         context_length: int,
         step_tokens: int,
-        fused: bool = True,
+        paged: bool = True,
         cache_scales: Mapping[str, torch.Tensor] | None = None,
+        decoding: GraphSession | None = None,
     ) -> None:
-        """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `fused` as the graph was made.
-        `cache_scales` are the inputs `StepInputs.cache_scale` of a graph with int8 caches.
+        """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `paged` as the graph was made.
+        `cache_scales` are the inputs `StepInputs.cache_scale` of a graph with int8 caches. `decoding` runs the captured
+        steps, if not the same session does all.
 
         `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
         """
         device = slot_tokens.device
         self._session = session
+        self._decoding = decoding or session
         self.spec = spec
-        self._fused = fused
+        self._paged = paged
         self._block_size = block_size
         self.buckets = Buckets(slots, context_length)
         shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
@@ -67,7 +70,7 @@ class PagedDecoder:
         table = slots * -(-context_length // block_size)
         self._step_tokens = step_tokens
         size = 8 * step_tokens + 8 * slots + table + 64
-        size += 0 if fused else unfused_size(step_tokens, slots, context_length)
+        size += 0 if paged else unfused_size(step_tokens, slots, context_length)
         self._buffer = StepBuffer(size, device)
         self._captured: dict[Bucket, tuple[Placement, Binding]] = {}
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
@@ -83,13 +86,13 @@ class PagedDecoder:
 
     def run(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue a step; logits [R, vocab] and the slots [R] int32 they are for, until the next step."""
-        if step.is_decode and self._fused:
+        if step.is_decode and self._paged:
             return self._decode(step)
         return self._packed(step)
 
     def capture(self) -> None:
         """Record every bucket's graph, with rows that write to block 0."""
-        for bucket in self.buckets if self._fused else ():
+        for bucket in self.buckets if self._paged else ():
             self._replay(bucket, _stand_in(bucket, self.spec.rope.axes))
 
     def rehearse(self) -> None:
@@ -111,7 +114,7 @@ class PagedDecoder:
         """Let go of the session, its graphs and bindings, and KV memory; nothing runs afterwards."""
         self._captured.clear()
         self._caches.clear()
-        del self._session
+        del self._session, self._decoding
 
     def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         place = self._replay(self.buckets.find(len(step.ids), step.longest), step)
@@ -130,7 +133,7 @@ class PagedDecoder:
         if self.spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = step.positions
         place.upload(parts)
-        self._session.run(binding, self._graphs[bucket])
+        self._decoding.run(binding, self._graphs[bucket])
         return place
 
     def _captured_bucket(self, bucket: Bucket) -> tuple[Placement, Binding]:
@@ -149,7 +152,7 @@ class PagedDecoder:
             StepInputs.FEATURE_INDEX: torch.full((batch,), -1, dtype=torch.int32, device=device),
             StepInputs.BOUNDS: torch.tensor([1, bucket.context, bucket.shorter + 1], dtype=torch.int32),
         }
-        return place, self._bind(inputs, self._no_features, batch)
+        return place, self._bind(self._decoding, inputs, self._no_features, batch)
 
     def _packed(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         columns = -(-step.longest // self._block_size)
@@ -166,7 +169,7 @@ class PagedDecoder:
         if self.spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = step.positions
         host_inputs: dict[str, torch.Tensor] = {}
-        if self._fused:
+        if self._paged:
             parts[StepInputs.PAST] = step.past
             parts[StepInputs.STARTS] = np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32)
             bounds = [int(step.counts.max()), step.longest, step.longest]
@@ -177,7 +180,7 @@ class PagedDecoder:
         place.upload(parts)
         inputs = {name: place.view(name) for name in parts if name != _SLOTS}
         features = self._no_features if step.features is None else step.features
-        self._session.run(self._bind(inputs | host_inputs, features, len(rows)))
+        self._session.run(self._bind(self._session, inputs | host_inputs, features, len(rows)))
         return self._logits[: len(step.slots)], place.view(_SLOTS)
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
@@ -191,14 +194,16 @@ class PagedDecoder:
         }
         return shapes | ({StepInputs.POSITIONS: (3, batch)} if self.spec.rope.axes == 3 else {})
 
-    def _bind(self, inputs: dict[str, torch.Tensor], features: torch.Tensor, rows: int) -> Binding:
+    def _bind(
+        self, session: GraphSession, inputs: dict[str, torch.Tensor], features: torch.Tensor, rows: int
+    ) -> Binding:
         shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features} | self._cache_scales
         written = {
             StepInputs.cache_out(part, layer): self._caches[StepInputs.cache(part, layer)]
             for layer in range(self.spec.layers)
             for part in PARTS
         }
-        return self._session.bind(inputs | shared | self._caches, {StepInputs.LOGITS: self._logits[:rows]} | written)
+        return session.bind(inputs | shared | self._caches, {StepInputs.LOGITS: self._logits[:rows]} | written)
 
     def _columns(self, bucket: Bucket) -> int:
         return -(-bucket.context // self._block_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,10 @@ class GraphSession(Protocol):
     """One graph on one device. One thread only: captured CUDA graphs belong to the thread that captured them."""
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
-        """Contiguous tensors on the device, or on the host for what the graph reads there."""
+        """Contiguous tensors on the device, or on the host for what the graph reads there.
+
+        All that the graph has must be among them; others are left out.
+        """
         ...
 
     def run(self, binding: Binding, graph: int | None = None) -> None:
@@ -83,9 +86,17 @@ class CudaSession:
     """
 
     def __init__(
-        self, graph: CudaGraph, weights: Mapping[str, torch.Tensor], folder: Path, device: torch.device
+        self,
+        graph: CudaGraph,
+        weights: Mapping[str, torch.Tensor],
+        folder: Path,
+        device: torch.device,
+        register: Callable[[ort.SessionOptions], None] | None = None,
     ) -> None:
-        """`weights` are on the device; `folder` is the artifact's, where the graph says its weights are."""
+        """`weights` are on the device; `folder` is the artifact's, where the graph says its weights are. `register`
+        makes operators of our own known.
+        """
+        self._register = register
         self._graph = graph
         self._folder = folder
         self._provider = {
@@ -98,7 +109,10 @@ class CudaSession:
         self._run_options: dict[int, ort.RunOptions] = {}
 
     def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
-        return _TensorBinding(inputs, outputs)
+        graph = self._graph
+        return _TensorBinding(
+            {name: inputs[name] for name in graph.inputs}, {name: outputs[name] for name in graph.outputs}
+        )
 
     def run(self, binding: Binding, graph: int | None = None) -> None:
         assert isinstance(binding, _TensorBinding)
@@ -127,6 +141,8 @@ class CudaSession:
             options.add_session_config_entry(key, value)
         for name, weight in self._weights.items():
             options.add_initializer(name, weight)
+        if self._register is not None:
+            self._register(options)
         providers = [("CUDAExecutionProvider", self._provider | provider)]
         session = ort.InferenceSession(self._graph.model, options, providers=providers)
         session.disable_fallback()

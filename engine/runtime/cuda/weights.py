@@ -15,6 +15,7 @@ _TORCH_TYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "int8": torch.int8,
     "uint8": torch.uint8,
 }
 
@@ -54,7 +55,7 @@ class DeviceWeights:
         tensor = _from_file(self._artifact.tensor(weight.source)).to(self._device)
         if weight.form == "blocks":
             return tensor.view(torch.uint8) ^ 0x80  # int8 + 128
-        if tensor.dtype == torch.int8:
+        if tensor.dtype == torch.int8 and weight.form == "plain":
             scale = self._artifact.tensor(f"{weight.source.removesuffix('.weight')}.scale")
             tensor = tensor.float() * _from_file(scale).to(self._device)[:, None]
         return tensor.to(torch_type(weight.dtype.name))

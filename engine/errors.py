@@ -15,6 +15,7 @@
     │   ├── CheckpointError
     │   └── ArtifactError
     ├── DeviceUnavailable         CUDA was asked for and cannot be used; the message names what is missing
+    │   └── KernelsUnavailable    the fused kernels cannot be used here; ONNX Runtime's own operators can
     ├── StorageError              disk full, read-only or missing storage folder
     ├── Cancelled                 the caller closed its stream
     └── EngineStopped             the engine's process ended or is shutting down
@@ -99,6 +100,10 @@ class ArtifactError(ModelUnavailable):
 
 class DeviceUnavailable(EngineError):
     """The GPU that was asked for cannot be used on this machine."""
+
+
+class KernelsUnavailable(DeviceUnavailable):
+    """The fused kernels cannot be used on this machine; the stock operators can."""
 
 
 class StorageError(EngineError):

@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
-from engine.config import EngineConfig, KVPrecision, PrecisionSetting
+from engine.config import EngineConfig, KernelFusion, KVPrecision, PrecisionSetting
 from engine.errors import InvalidConfig
 
-_FLAGS = ("device", "precision", "gpu_memory", "kv_precision")
+_FLAGS = ("device", "precision", "gpu_memory", "kv_precision", "kernel_fusion")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def add_device_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda, or GPUs by number: cuda:0,2")
     parser.add_argument("--gpu-memory", help="share of the free GPU memory (0.85), or MiB (20000)")
     parser.add_argument("--kv-precision", choices=get_args(KVPrecision))
+    parser.add_argument("--kernel-fusion", choices=get_args(KernelFusion))
     names = ", ".join(field.name for field in fields(EngineConfig))
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"any setting: {names}")
 

@@ -14,6 +14,7 @@ from engine.errors import InvalidConfig
 
 PrecisionSetting = Literal["auto", "fp32", "int8", "fp16", "bf16"]
 KVPrecision = Literal["auto", "int8"]
+KernelFusion = Literal["auto", "on", "off"]
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,3}(?:,[0-9]{1,3})*))?")
 _SHARE = (0.05, 0.95)  # of a GPU's free memory
@@ -52,6 +53,7 @@ class EngineConfig:
     precision: PrecisionSetting = "auto"
     gpu_memory: float = 0.85  # for weights, KV and workspace: up to 0.95 a share of what is free, from 256 on MiB
     kv_precision: KVPrecision = "auto"  # on a GPU; int8 holds twice the tokens
+    kernel_fusion: KernelFusion = "auto"  # on a GPU; operators of our own instead of ONNX Runtime's
     max_batch_size: int = 32  # sequences that decode together
     max_waiting: int = 256  # requests accepted beyond those
     kv_cache_mib: int = 1024  # on the CPU
@@ -74,6 +76,7 @@ class EngineConfig:
         _require_device(self.device)
         _require_choice("precision", self.precision, get_args(PrecisionSetting))
         _require_choice("kv_precision", self.kv_precision, get_args(KVPrecision))
+        _require_choice("kernel_fusion", self.kernel_fusion, get_args(KernelFusion))
         if self.device == "cpu":
             require_cpu_precision(self.precision)
         if not isinstance(self.cache_enabled, bool):

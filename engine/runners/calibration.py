@@ -13,6 +13,8 @@ from PIL import Image as Picture
 from engine.checkpoints import Artifact
 from engine.checkpoints.kv_ranges import read_kv_ranges, write_kv_ranges
 from engine.graphs.cuda import CudaGraph, cuda_decoder
+from engine.graphs.cuda.decoder import STOCK
+from engine.graphs.cuda.fused import Fusion
 from engine.preprocess import image_processor
 from engine.prompts import PromptBuilder
 from engine.request import Image, Message, Text
@@ -66,16 +68,17 @@ def kv_ranges(
     open_session: Callable[[CudaGraph], GraphSession],
     tower: VisionTower | None,
     device: torch.device,
+    fusion: Fusion = STOCK,
 ) -> NDArray[np.float32]:
     """[layers, 2, kv_heads, head_dim] as kept beside the artifact, or else measured and kept there.
 
     `folder` is the checkpoint's, `open_session` opens a 16-bit graph over weights that are on the device already.
-    Raises torch.OutOfMemoryError.
+    `fusion` is that of the other graphs, which decides how int8 weights lie there. Raises torch.OutOfMemoryError.
     """
     ranges = read_kv_ranges(artifact)
     if ranges is None:
         step = calibration_step(folder, artifact.spec, tower)
-        ranges = _measured(artifact, activations, open_session, step, device)
+        ranges = _measured(artifact, activations, open_session, step, device, fusion)
         write_kv_ranges(artifact, ranges)
     return ranges
 
@@ -86,10 +89,11 @@ def _measured(
     open_session: Callable[[CudaGraph], GraphSession],
     step: PackedStep,
     device: torch.device,
+    fusion: Fusion,
 ) -> NDArray[np.float32]:
     count = len(step.ids)
     decoder = PagedDecoder(
-        *(open_session(cuda_decoder(artifact, activations, count)), artifact.spec.decoder),
+        *(open_session(cuda_decoder(artifact, activations, count, fusion=fusion)), artifact.spec.decoder),
         torch.zeros(2, dtype=torch.int32, device=device),
         dtype=torch_type(activations),
         blocks=step.tables.shape[1] + 1,

@@ -13,10 +13,11 @@ from engine.checkpoints import Artifact
 from engine.config import EngineConfig
 from engine.device import memory_budget
 from engine.errors import DeviceOutOfMemory, InvalidConfig
-from engine.graphs.cuda import cuda_decoder
+from engine.graphs.cuda import CudaGraph, cuda_decoder
 from engine.replica import Replica
 from engine.runners.calibration import kv_ranges
 from engine.runners.cuda import CudaRunner
+from engine.runners.fusion import open_fusion
 from engine.runners.kv_budget import BlockSize, kv_budget
 from engine.runtime.cuda.cache_scales import scale_inputs
 from engine.runtime.cuda.capture import allow_beside_capture
@@ -72,28 +73,42 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     before = torch.cuda.mem_get_info(device)[0]
     weights = DeviceWeights(artifact, device)
     int8_cache = config.kv_precision == "int8"
-    graph = cuda_decoder(artifact, activations, spec.decoder.context_length, paged=paged, int8_cache=int8_cache)
-    open_session = partial(CudaSession, weights=weights.upload(graph.weights), folder=artifact.folder, device=device)
-    session = open_session(graph)
+    prefill_tokens = config.prefill_chunk or _PREFILL_TOKENS
+    step_tokens = prefill_tokens + slots
+    block_size = kv_block_size(spec.decoder.head_dim)
+    fusion, register = open_fusion(artifact, config, dtype, device, step_tokens, block_size)
+
+    def open_session(graph: CudaGraph) -> CudaSession:
+        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register)
+
+    make_graph = partial(
+        cuda_decoder,
+        *(artifact, activations, spec.decoder.context_length),
+        paged=paged,
+        int8_cache=int8_cache,
+        fusion=fusion,
+    )
+    session = open_session(make_graph())
+    decoding = open_session(make_graph(decode=True)) if fusion.attention else None
     tower = open_encoder(artifact, activations, device) if spec.vision else None
     scales = None
     if int8_cache:
         checkpoint = find_checkpoint(name, config.storage)
-        scales = scale_inputs(kv_ranges(checkpoint, artifact, activations, open_session, tower, device), device)
+        ranges = kv_ranges(checkpoint, artifact, activations, open_session, tower, device, fusion)
+        scales = scale_inputs(ranges, device)
         torch.cuda.empty_cache()
     sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype)
-    prefill_tokens = config.prefill_chunk or _PREFILL_TOKENS
     open_decoder = partial(
         PagedDecoder,
         *(session, spec.decoder, sampler.slot_tokens),
         dtype=dtype,
         slots=slots,
-        step_tokens=prefill_tokens + slots,
+        step_tokens=step_tokens,
         paged=paged,
         cache_scales=scales,
+        decoding=decoding,
     )
-    block_size = kv_block_size(spec.decoder.head_dim)
-    open_decoder(blocks=1, block_size=block_size, context_length=prefill_tokens + slots).rehearse()
+    open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
     if tower is not None:
         tower.rehearse(_IMAGE_TOKENS)
     torch.cuda.synchronize(device)

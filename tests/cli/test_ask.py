@@ -45,7 +45,18 @@ def test_images_come_before_the_question(tmp_path: Path) -> None:
 
 
 def test_settings_are_the_forms(tmp_path: Path) -> None:
-    words = ["--precision", "fp16", "--device", "cuda:1", "--gpu-memory", "4096", "--kv-precision", "int8"]
+    words = [
+        "--precision",
+        "fp16",
+        "--device",
+        "cuda:1",
+        "--gpu-memory",
+        "4096",
+        "--kv-precision",
+        "int8",
+        "--kernel-fusion",
+        "on",
+    ]
     args = parse("q", *words, "--no-cache", "--storage", str(tmp_path), "--set", "max_waiting=3")
     assert settings_from(args) == {
         "max_waiting": "3",
@@ -53,6 +64,7 @@ def test_settings_are_the_forms(tmp_path: Path) -> None:
         "precision": "fp16",
         "gpu_memory": "4096",
         "kv_precision": "int8",
+        "kernel_fusion": "on",
         "storage": str(tmp_path),
         "cache_enabled": "false",
     }

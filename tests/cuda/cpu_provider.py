@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,20 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 import torch
 
 from engine.graphs.cuda import CudaGraph
+from engine.kernels.bridge.tensors import ELEMENT_TYPES
 from engine.runtime.cuda.session import Binding
-
-_ELEMENT_TYPES = {torch.float32: 1, torch.int32: 6, torch.int64: 7}
 
 
 class CpuProviderSession:
     """Implements GraphSession; graph numbers mean nothing."""
 
-    def __init__(self, graph: CudaGraph, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def __init__(
+        self,
+        graph: CudaGraph,
+        weights: Mapping[str, torch.Tensor],
+        folder: Path,
+        register: Callable[[ort.SessionOptions], None] | None = None,
+    ) -> None:
         self._graph = graph
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -26,6 +31,8 @@ class CpuProviderSession:
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         self._weights = {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in weights.items()}
+        if register is not None:
+            register(options)
         for name, value in self._weights.items():
             options.add_initializer(name, value)
         self._session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
@@ -51,4 +58,4 @@ class _Bound:
 
 def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
     assert tensor.is_contiguous()
-    return "cpu", 0, _ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+    return "cpu", 0, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -10,7 +11,9 @@ from engine.checkpoints import Artifact
 from engine.config import EngineConfig
 from engine.device import Devices, Gpu, resolve
 from engine.engine import Engine
-from engine.graphs.cuda import cuda_decoder
+from engine.graphs.cuda import CudaGraph, cuda_decoder
+from engine.graphs.cuda.decoder import STOCK
+from engine.graphs.cuda.fused import Fusion
 from engine.graphs.cuda.tower import cuda_tower
 from engine.replica import Replica
 from engine.runners.cuda import CudaRunner
@@ -36,6 +39,7 @@ class FakeGpu:
     block_size: int = 16
     prefill_tokens: int = 64
     count: int = 1
+    fusion: Fusion = STOCK
     paged: bool = True  # PagedAttention, which here takes fp32 as well
     sessions: list[ReferenceSession] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
@@ -51,8 +55,8 @@ class FakeGpu:
         activations = activation_type(artifact.precision, spec.dtype)
         weights = DeviceWeights(artifact, CPU)
         context_length = min(spec.decoder.context_length, self.blocks * self.block_size)
-        graph = cuda_decoder(artifact, activations, context_length, paged=self.paged)
-        session = ReferenceSession(graph.model, weights.upload(graph.weights))
+        make_graph = partial(cuda_decoder, artifact, activations, context_length, paged=self.paged, fusion=self.fusion)
+        session = _session(make_graph(), weights)
         sampler = DeviceSampler(slots, spec.decoder.vocab, CPU, torch_type(activations))
         decoder = PagedDecoder(
             session,
@@ -65,6 +69,7 @@ class FakeGpu:
             context_length=context_length,
             step_tokens=self.prefill_tokens + slots,
             paged=self.paged,
+            decoding=_session(make_graph(decode=True), weights) if self.fusion.attention else None,
         )
         decoder.capture()
         kv = PagedKVCache(slots=slots, blocks=self.blocks, block_size=self.block_size, context_length=context_length)
@@ -83,13 +88,16 @@ class FakeGpu:
         return replica
 
 
+def _session(graph: CudaGraph, weights: DeviceWeights) -> ReferenceSession:
+    return ReferenceSession(graph.model, weights.upload(graph.weights))
+
+
 def _tower(artifact: Artifact, config: EngineConfig) -> CudaEncoder | None:
     if artifact.spec.vision is None:
         return None
     activations = activation_type(artifact.precision, artifact.spec.dtype)
     graph = cuda_tower(artifact, activations)
-    session = ReferenceSession(graph.model, DeviceWeights(artifact, CPU).upload(graph.weights))
-    return CudaEncoder(session, artifact.spec, activations, CPU)
+    return CudaEncoder(_session(graph, DeviceWeights(artifact, CPU)), artifact.spec, activations, CPU)
 
 
 def decoder_of(replica: Replica) -> PagedDecoder:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.graphs.cuda import cuda_decoder
+from engine.graphs.cuda import CudaGraph, cuda_decoder
+from engine.graphs.cuda.decoder import STOCK
+from engine.graphs.cuda.fused import Fusion
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.session import GraphSession
 from engine.runtime.cuda.step import PackedStep
@@ -47,12 +51,27 @@ class Paged:
         *,
         cpu_provider: bool = False,
         scales: dict[str, torch.Tensor] | None = None,
+        fusion: Fusion = STOCK,
+        open_decoding: Callable[[CudaGraph, dict[str, torch.Tensor], Path], GraphSession] | None = None,
     ) -> None:
-        """`scales` are those of an int8 cache."""
+        """`scales` are those of an int8 cache; `open_decoding` opens the session of a graph for decode steps alone."""
         artifact = tiny.artifact(precision)
         paged = activations != "float32"
-        graph = cuda_decoder(artifact, activations, CONTEXT, paged=paged, int8_cache=scales is not None)
-        weights = DeviceWeights(artifact, CPU).upload(graph.weights)
+        make_graph = partial(
+            cuda_decoder,
+            *(artifact, activations, CONTEXT),
+            paged=paged,
+            int8_cache=scales is not None,
+            fusion=fusion,
+        )
+        graph = make_graph()
+        on_device = DeviceWeights(artifact, CPU)
+        weights = on_device.upload(graph.weights)
+        decoding = None
+        if fusion.attention:
+            decode_graph = make_graph(decode=True)
+            opened = open_decoding or (lambda graph, weights, folder: ReferenceSession(graph.model, weights))
+            decoding = opened(decode_graph, on_device.upload(decode_graph.weights), artifact.folder)
         self.session: GraphSession = (
             CpuProviderSession(graph, weights, artifact.folder)
             if cpu_provider
@@ -73,6 +92,7 @@ class Paged:
             step_tokens=STEP_TOKENS,
             paged=paged,
             cache_scales=scales,
+            decoding=decoding,
         )
         for cache in self.decoder._caches.values():
             cache.fill_(-128 if scales else torch.nan)  # what nobody wrote is not read

@@ -11,6 +11,7 @@ import pytest
 
 from engine.engine import Engine
 from engine.errors import ContextOverflow
+from engine.graphs.cuda.fused import Fusion
 from engine.request import Request
 from tests.cuda.conftest import StartOnGpu
 from tests.cuda.fake_device import FakeGpu, decoder_of, settle
@@ -55,6 +56,13 @@ def test_attention_of_plain_operators_answers_alike(start: Start, on_gpu: StartO
     """What fp32 runs with on a real device."""
     requests = greedy(6, "tiny-qwen2-vl")
     assert together(on_gpu(FakeGpu(paged=False)), requests) == on_cpu(start, requests)
+
+
+def test_operators_of_our_own_answer_as_int8_does_on_the_cpu(start: Start, on_gpu: StartOnGpu) -> None:
+    requests = greedy(8, "demo")
+    fake = FakeGpu(fusion=Fusion(linear=True, attention=True))
+    found = together(on_gpu(fake, precision="int8"), requests)
+    assert found == together(start(device="cpu", precision="int8"), requests)
 
 
 @pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl"])

@@ -79,6 +79,7 @@ def test_settings_survive_the_way_to_another_process(tmp_path: Path) -> None:
         precision="bf16",
         gpu_memory=20000,
         kv_precision="int8",
+        kernel_fusion="on",
         idle_unload_minutes=0.5,
     )
     assert EngineConfig.from_mapping(config.to_mapping()) == config

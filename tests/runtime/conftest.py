@@ -86,24 +86,24 @@ class Tiny:
 
 @pytest.fixture(scope="session", params=list(MODELS))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return _make(request.param, tmp_path_factory)
+    return make_tiny(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl"])
 def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return _make(request.param, tmp_path_factory)
+    return make_tiny(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="session", params=["qwen2_vl", "qwen3_vl"])
 def tiny_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Three rotary positions per token."""
-    return _make(request.param, tmp_path_factory)
+    return make_tiny(request.param, tmp_path_factory)
 
 
 _MADE: dict[str, Tiny] = {}
 
 
-def _make(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def make_tiny(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     if name not in _MADE:
         reference = models.randomise(MODELS[name](), seed=len(_MADE))
         folder = models.save(reference, tmp_path_factory.mktemp(name))

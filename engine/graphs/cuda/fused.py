@@ -46,15 +46,16 @@ class FusedLayers:
 
     def tokens(self) -> ir.Value:
         """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
-        builder, table = self._builder, "embedding"
-        return builder.op(
+        builder = self._builder
+        return _node(
+            builder,
             "TokenEmbedding",
             builder.input(StepInputs.IDS, np.int32, ["T"]),
             builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"]),
-            *self._weight(table),
+            *self._weight("embedding"),
             builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"]),
             builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", self._spec.hidden]),
-            domain=TESSERA,
+            parameters={},
         )
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
@@ -114,7 +115,7 @@ class FusedDecodeAttention:
             "heads": spec.heads,
             "kv_heads": spec.kv_heads,
             "head_dim": spec.head_dim,
-            "epsilon": spec.norm_eps,
+            "qk_norm_epsilon": spec.norm_eps if spec.qk_norm else None,
             "mrope_section": list(rope.mrope_section) if rope.axes == 3 else [],
             "mrope_interleaved": rope.mrope_interleaved,
         }

@@ -11,19 +11,11 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 import torch
 
 from engine.graphs.cuda import CudaGraph
+from engine.kernels.bridge import operator_errors
+from engine.kernels.bridge.tensors import ELEMENT_TYPES
 
 ort.set_default_logger_severity(3)  # else a session's creation prints warnings about what is meant to be so
 
-# ONNX's numbers, because numpy has no name for bfloat16.
-_ELEMENT_TYPES = {
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.float16: 10,
-    torch.bfloat16: 16,
-}
 _EAGER = -1
 _FLASH_ATTENTION = "1"  # a bit of the provider's sdpa_kernel
 
@@ -74,7 +66,7 @@ def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
     if not tensor.is_contiguous():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous")
     device = tensor.device
-    return device.type, device.index or 0, _ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+    return device.type, device.index or 0, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
 
 
 class CudaSession:
@@ -117,7 +109,8 @@ class CudaSession:
     def run(self, binding: Binding, graph: int | None = None) -> None:
         assert isinstance(binding, _TensorBinding)
         session = self._eager if graph is None else self._replaying
-        session.run_with_iobinding(binding.of(session), self._options(_EAGER if graph is None else graph))
+        with operator_errors():
+            session.run_with_iobinding(binding.of(session), self._options(_EAGER if graph is None else graph))
 
     @cached_property
     def _eager(self) -> ort.InferenceSession:
@@ -144,9 +137,8 @@ class CudaSession:
         if self._register is not None:
             self._register(options)
         providers = [("CUDAExecutionProvider", self._provider | provider)]
-        session = ort.InferenceSession(self._graph.model, options, providers=providers)
-        session.disable_fallback()
-        return session
+        with operator_errors():
+            return ort.InferenceSession(self._graph.model, options, providers=providers, enable_fallback=0)
 
     def _options(self, graph: int) -> ort.RunOptions:
         if graph not in self._run_options:

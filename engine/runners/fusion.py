@@ -1,0 +1,85 @@
+"""Operators of our own for a model on a CUDA device, where the settings want them and the machine can have them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from engine.checkpoints import Artifact
+from engine.config import EngineConfig
+from engine.errors import KernelsUnavailable
+from engine.graphs.builder import TESSERA
+from engine.graphs.cuda.decoder import STOCK
+from engine.graphs.cuda.fused import Fusion
+from engine.runtime.cuda.buckets import Buckets
+from engine.spec import DecoderSpec
+
+logger = logging.getLogger(__name__)
+
+Register = Callable[[Any], None]
+"""Makes operators known to an onnxruntime.SessionOptions."""
+
+_FOLDER = "kernels"  # of the storage folder
+
+
+def open_fusion(
+    artifact: Artifact,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    step_tokens: int,
+    block_size: int,
+) -> tuple[Fusion, Register | None]:
+    """Which operators are ours, and how sessions come to know them; STOCK where they cannot be had, which is logged.
+
+    Takes the memory that they work in, for steps of up to `step_tokens` tokens.
+    """
+    fusion = _chosen(artifact, config)
+    if fusion == STOCK:
+        return STOCK, None
+    try:
+        return fusion, _operators(artifact.spec.decoder, config, dtype, device, step_tokens, block_size)
+    except KernelsUnavailable as error:
+        logger.warning("%s", error)
+        return STOCK, None
+
+
+def _chosen(artifact: Artifact, config: EngineConfig) -> Fusion:
+    """`auto` is off until it is measured where the operators are faster."""
+    if config.kernel_fusion != "on" or artifact.precision == "fp32":
+        return STOCK
+    return Fusion(linear=artifact.precision == "int8", attention=True)
+
+
+def _operators(
+    spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, device: torch.device, step_tokens: int, block_size: int
+) -> Register:
+    """Raises KernelsUnavailable where there is no C compiler, no Triton, or an untested ONNX Runtime."""
+    try:
+        from engine.kernels import bridge, operators
+        from engine.kernels.tiles import Tiles
+        from engine.kernels.workspace import Workspace
+    except ImportError as error:
+        raise KernelsUnavailable(f"the fused kernels cannot be imported: {error}") from error
+    folder = config.storage / _FOLDER
+    if reason := bridge.unavailable(folder):
+        raise KernelsUnavailable(reason)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    decoding = [(bucket.batch, bucket.context) for bucket in Buckets(config.max_batch_size, spec.context_length)]
+    tiles = Tiles()
+    nbytes = operators.workspace_bytes(
+        spec, tiles, multiprocessors, rows=step_tokens, decoding=decoding, block_size=block_size
+    )
+    shared = operators.Device(dtype, Workspace(nbytes, device), tiles, multiprocessors)
+    operators.try_out(shared)
+    return partial(
+        bridge.register,
+        domain=TESSERA,
+        operators=operators.decoder_operators(shared),
+        provider="CUDAExecutionProvider",
+        folder=folder,
+    )

@@ -1,0 +1,63 @@
+"""The decoder in operators of our own: its graph in torch, and its kernels, interpreted, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.graphs.cuda.fused import Fusion
+from engine.spec import FloatType
+from tests.cuda.paged import Paged, Part
+from tests.runtime.cases import relative_error
+from tests.runtime.conftest import Tiny, tiny, tiny_mrope
+
+__all__ = ["tiny", "tiny_mrope"]
+
+CASES = Path(__file__).with_name("fused_decoder_cases.py")
+FUSIONS = [
+    Fusion(linear=True, attention=False),
+    Fusion(linear=False, attention=True),
+    Fusion(linear=True, attention=True),
+]
+NOISE: list[tuple[FloatType, float]] = [("float16", 6e-2), ("bfloat16", 1e-1)]  # int8 weights, and int8 rows
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=["linear", "attention", "both"])
+@pytest.mark.parametrize(("activations", "limit"), NOISE)
+def test_the_fused_graphs_give_the_references_logits(
+    tiny: Tiny, fusion: Fusion, activations: FloatType, limit: float
+) -> None:
+    case, other = tiny.case, tiny.text_case(60, 3)
+    steps = [
+        [Part(2, case, 0, 70), Part(0, other, 0, 33)],
+        [Part(2, case, 70, 113)],
+        *[[Part(2, case, 113 + n, 114 + n), Part(0, other, 33 + n, 34 + n)] for n in range(8)],
+    ]
+    paged = Paged(tiny, "int8", activations, fusion=fusion)
+    found = np.concatenate([paged.step(*parts) for parts in steps])
+    wanted = np.stack([part.case.logits[part.stop - 1] for parts in steps for part in parts])
+    assert relative_error(found, wanted) < limit
+
+
+def test_three_positions_that_differ_turn_as_in_the_reference(tiny_mrope: Tiny) -> None:
+    case = tiny_mrope.case_anywhere(40, seed=6)
+    paged = Paged(tiny_mrope, "fp16", "float16", fusion=Fusion(linear=True, attention=True))
+    found = [paged.step(Part(1, case, start, stop)) for start, stop in ((0, 37), (37, 38), (38, 39), (39, 40))]
+    assert relative_error(np.concatenate(found), case.logits[36:40]) < 1e-2
+
+
+def test_the_kernels_compute_what_the_graph_says_in_onnx_runtime() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

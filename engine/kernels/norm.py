@@ -288,9 +288,9 @@ def _normalised_rows(
     """Program i takes rows i * ROWS and on of `count`. out: int8 if there are scales, else A."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, inside = row.to(tl.int64)[:, None] * WIDTH, (row < count)[:, None]
-    # All loads are on their way before a value is waited for. Each row has weights of its own, or they would cross from
-    # warp to warp.
-    values = _load(x, first, inside, WIDTH, COLUMNS)
+    # All loads are on their way before a value is waited for: the compiler would load weights behind the first sum, and
+    # wait for memory twice, but it moves no load over a barrier. Each row has weights of its own, or they would cross
+    # from warp to warp.
     weights, biases, added = (), (), ()
     if weight is not None:
         weights = _load(weight, first * 0, inside, WIDTH, COLUMNS)
@@ -298,6 +298,9 @@ def _normalised_rows(
         biases = _load(bias, first * 0, inside, WIDTH, COLUMNS)
     if residual is not None:
         added = _load(residual, first, inside, WIDTH, COLUMNS)
+    if (weight is not None) or (residual is not None):
+        tl.debug_barrier()
+    values = _load(x, first, inside, WIDTH, COLUMNS)
     A: tl.constexpr = x.dtype.element_ty
     values = [value.to(tl.float32) for value in values]
     if residual is not None:
@@ -330,9 +333,10 @@ def _activated_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, inside = row.to(tl.int64)[:, None] * WIDTH, (row < count)[:, None]
     gated: tl.constexpr = KIND == "silu_gate"
-    loaded = _load(x, first * 2 if gated else first, inside, WIDTH, COLUMNS)
     if gated:
         ups = _load(x + WIDTH, first * 2, inside, WIDTH, COLUMNS)
+        tl.debug_barrier()  # as above
+    loaded = _load(x, first * 2 if gated else first, inside, WIDTH, COLUMNS)
     values = [activate(value.to(tl.float32), KIND) for value in loaded]
     if gated:
         values = _multiply(values, ups)

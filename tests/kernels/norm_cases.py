@@ -311,6 +311,19 @@ def test_activated_rows_that_share_a_program_are_what_they_are_alone(monkeypatch
     assert_same(activated(x, 30, "silu_gate"), alone)
 
 
+def test_a_program_with_rows_to_spare_writes_nothing_behind_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "MANY_ROWS", 1)
+    x, residual = draw(3, 40), draw(3, 40, seed=1)
+    memory = [torch.full((4, 40), 77, dtype=dtype, device=DEVICE) for dtype in (torch.int8, x.dtype, x.dtype)]
+    scales = torch.full((4,), 77.0, device=DEVICE)
+    rows, out, total = (tensor[:3] for tensor in memory)
+    quantise_rows(x, rows, scales[:3], residual=residual, total=total)
+    normalise_rows(x, out, norm="none", residual=residual)
+    act_quantise(x, rows, scales[:3], activation="gelu")
+    assert all((tensor[3] == 77).all() for tensor in (*memory, scales))
+    assert torch.equal(out, total)
+
+
 def test_no_rows_are_no_launch() -> None:
     assert quantised(draw(0, 8))[0].shape == normalised(draw(0, 8), norm="none").shape == (0, 8)
     assert activated(draw(0, 8), 8, "gelu")[1].shape == (0,)

@@ -64,16 +64,28 @@ def compiled(name: str, pointers: dict[str, str], constants: dict[str, Any], war
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-def assert_fits_in_registers(kernel: Any, folder: Path) -> None:
+def machine_code(kernel: Any, folder: Path, *arguments: str) -> str:
+    """What the toolkit's disassembler says of the compiled kernel."""
     import triton
 
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.kernel)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *arguments, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def assert_fits_in_registers(kernel: Any, folder: Path) -> None:
+    usage = machine_code(kernel, folder, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert found, usage
     assert found[2] == found[3] == "0", f"{found[0]}: registers were spilled"
+
+
+def assert_loads_come_first(kernel: Any, folder: Path) -> None:
+    """Memory is waited for once: no load is behind a sum, whose first step across threads is a shuffle."""
+    code = machine_code(kernel, folder, "-sass")
+    loads, shuffles = ([found.start() for found in re.finditer(rf"\b{name}\.", code)] for name in ("LDG", "SHFL"))
+    assert max(loads) < min(shuffles)
 
 
 def loads_of(kernel: Any) -> list[str]:
@@ -96,12 +108,13 @@ def test_norms_compile_to_wide_loads_and_spill_nothing(
     constants = {"WIDTH": width, "NORM": norm, "EPSILON": 1e-6, "COLUMNS": columns, "ROWS": rows}
     kernel = compiled("_normalised_rows", pointers, constants, warps, capability)
     assert_fits_in_registers(kernel, tmp_path)
+    assert_loads_come_first(kernel, tmp_path)
     inputs, loads = len({"x", "residual", "weight", "bias"} & pointers.keys()), loads_of(kernel)
     assert len(loads) == inputs * -(-width // columns), "every value is read once"
     assert all(load.endswith("v4.b32") for load in loads), "16 bytes at a time"
 
 
-@pytest.mark.parametrize(("dtype", "capability"), CHIPS)
+@pytest.mark.parametrize(("dtype", "capability"), CHIPS[::3])
 def test_activations_compile_to_wide_loads_and_spill_nothing(dtype: str, capability: int, tmp_path: Path) -> None:
     from engine.kernels.norm import tile_of
 

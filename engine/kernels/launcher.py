@@ -1,0 +1,44 @@
+"""Launching a compiled kernel with little Python: an eager prefill is a few hundred launches of microseconds each."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from engine.kernels.pointer import Tensor
+
+ALIGNED = 16  # bytes; where all pointers are, one compiled kernel serves every call
+
+
+class Launcher:
+    """Launches one Triton kernel whose parameters are pointers, then integers, then constants.
+
+    The first launch of a kind (constants, options and types alike) goes through Triton, which compiles. It looks at
+    every argument of every launch, some 20 us; so later ones go to the kernel that it found, with addresses alone. A
+    call with a pointer that is not aligned is Triton's again. Integers must be `do_not_specialize` parameters.
+    For one device: the current one, as of the first launch.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        pointers: tuple[Tensor | None, ...],
+        integers: tuple[int, ...],
+        constants: tuple[Hashable, ...],
+        options: tuple[tuple[str, int], ...],
+    ) -> None:
+        """options: num_warps, num_stages and the like. Whatever the arguments, the launch is on the current stream."""
+        addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
+        if any(address is not None and address % ALIGNED for address in addresses):
+            self._kernel[grid](*pointers, *integers, *constants, **dict(options))
+            return
+        key = (constants, options, *(None if pointer is None else pointer.dtype for pointer in pointers))
+        compiled = self._compiled.get(key)
+        if compiled is None:  # also what Triton's interpreter returns each time
+            self._compiled[key] = self._kernel[grid](*pointers, *integers, *constants, **dict(options))
+        else:
+            compiled[grid](*addresses, *integers, *constants)

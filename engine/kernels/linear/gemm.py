@@ -1,0 +1,190 @@
+"""Many rows times an int8 matrix, on tensor cores: int8 rows with a scale each, or 16-bit rows as they are.
+
+The weight is the left operand: its tile is read along K as it lies in memory, and where the rows are 16-bit, it is
+widened in registers, which only the left operand of Hopper's instruction may be in.
+
+A narrow product has fewer tiles than the device has multiprocessors, so SPLITS programs share a tile's depth. Each
+leaves its part in scratch memory and takes a ticket; whoever takes the last one adds the parts up, in the order of the
+depth whoever it is, and resets the ticket. A second kernel would add as much and cost another launch, about a
+microsecond beside the two to eight of such a product. Parts of int8 rows are integers, exact in any tile and any split.
+"""
+
+# mypy: disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from engine.kernels.activation import activate
+from engine.kernels.linear.epilogue import load_columns
+
+GROUP = tl.constexpr(16)  # tiles of rows whose programs run side by side: they share the weights in L2
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))  # then bfloat16 is multiplied as the integers of its bits
+
+
+@triton.jit
+def _tile_of(program: tl.tensor, rows: tl.tensor, COLUMN_TILES: tl.constexpr, TOKENS: tl.constexpr) -> tl.tuple:
+    """(column tile, row tile), rows fastest within a group."""
+    row_tiles = tl.cdiv(rows, TOKENS)
+    group = program // (GROUP * COLUMN_TILES)
+    size = tl.minimum(row_tiles - group * GROUP, GROUP)
+    place = program - group * GROUP * COLUMN_TILES
+    return place // size, group * GROUP + place % size
+
+
+@triton.jit
+def _product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    tokens: tl.tensor,
+    outputs: tl.tensor,
+    first: tl.tensor,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> tl.tuple:
+    """Tiles [outputs, tokens] of weight @ x.T over STEPS * DEPTH from first on; with PARTS 2 another, PART weights on.
+
+    MASKED: the last steps may reach past K.
+    """
+    TYPE: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    total = tl.zeros([outputs.shape[0], tokens.shape[0]], TYPE)
+    upper = total
+    k = tl.arange(0, DEPTH)
+    values = x + tokens.to(tl.int64)[None, :] * K + (first + k)[:, None]
+    tiles = weight + outputs.to(tl.int64)[:, None] * K + (first + k)[None, :]
+    for step in range(STEPS):
+        inside = k < K - first - step * DEPTH
+        value = _load(values, inside[:, None], MASKED)
+        total = _accumulate(_load(tiles, inside[None, :], MASKED), value, total)
+        if PARTS == 2:
+            upper = _accumulate(_load(tiles + PART, inside[None, :], MASKED), value, upper)
+        values += DEPTH
+        tiles += DEPTH
+    return total, upper
+
+
+@triton.jit
+def _load(places: tl.tensor, inside: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
+    return tl.load(places, mask=inside, other=0) if MASKED else tl.load(places)
+
+
+@triton.jit
+def _accumulate(tile: tl.tensor, value: tl.tensor, total: tl.tensor) -> tl.tensor:
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+    return tl.dot(tile.to(value.dtype), value, total, out_dtype=total.dtype)
+
+
+@triton.jit
+def _summed(parts: tl.tensor, places: tl.tensor, STRIDE: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
+    """The parts of a tile, added in the order of the depth. Read from L2, where other multiprocessors left them."""
+    total = tl.load(parts + places, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * STRIDE + places, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _scaled(
+    total: tl.tensor,
+    factor: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    columns: tl.tensor,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    value = total.to(tl.float32) * (load_columns(scale, columns, WIDTH)[:, None] * factor)
+    if bias is not None:
+        value += load_columns(bias, columns, WIDTH)[:, None]
+    return value
+
+
+@triton.jit
+def _finish(
+    total: tl.tensor,
+    upper: tl.tensor,
+    row_scale: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    y: tl.tensor,
+    columns: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> None:
+    factor = 1.0
+    if row_scale is not None:
+        factor = tl.load(row_scale + tokens, mask=tokens < rows, other=0.0)[None, :]
+    value = activate(_scaled(total, factor, scale, bias, columns, WIDTH), ACTIVATION)
+    if ACTIVATION == "silu_gate":
+        value *= _scaled(upper, factor, scale + WIDTH, None if bias is None else bias + WIDTH, columns, WIDTH)
+    places = tokens.to(tl.int64)[None, :] * WIDTH + columns[:, None]
+    inside = (tokens < rows)[None, :] & (columns < WIDTH)[:, None]
+    if residual is not None:
+        value += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + places, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gemm(
+    x: tl.tensor,
+    row_scale: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    y: tl.tensor,
+    parts: tl.tensor,
+    tickets: tl.tensor,
+    rows: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """y [rows, WIDTH] = activation(x @ weight.T * scale * row_scale + bias) + residual; program (tile, split).
+
+    x [rows, K] int8 with row_scale float32 [rows], or float16 or bfloat16 with None; weight int8 [N, K]; scale float32
+    [N]; bias [N], residual and y as x or, where that is int8, float16 or bfloat16; what is not there is None. WIDTH is
+    N, or N / 2 with silu_gate. parts: int32 or float32 [tiles, SPLITS, 1 or 2, OUTPUTS * TOKENS]; tickets int32
+    [tiles], 0 before and after; both are None where SPLITS is 1.
+    """
+    PARTS: tl.constexpr = 2 if ACTIVATION == "silu_gate" else 1
+    WIDTH: tl.constexpr = N // PARTS
+    STEPS: tl.constexpr = triton.cdiv(triton.cdiv(K, DEPTH), SPLITS)
+    TILE: tl.constexpr = OUTPUTS * TOKENS
+    tile, split = tl.program_id(0), tl.program_id(1)
+    column_tile, row_tile = _tile_of(tile, rows, triton.cdiv(WIDTH, OUTPUTS), TOKENS)
+    columns = column_tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    tokens = row_tile * TOKENS + tl.arange(0, TOKENS)
+    near_tokens, near_columns = tl.minimum(tokens, rows - 1), tl.minimum(columns, WIDTH - 1)  # no masks but along K
+    first = split * (STEPS * DEPTH)
+    total, upper = _product(
+        x, weight, near_tokens, near_columns, first, K, PARTS, WIDTH * K, DEPTH, STEPS, K != SPLITS * STEPS * DEPTH
+    )
+    if SPLITS == 1:
+        _finish(total, upper, row_scale, scale, bias, residual, y, columns, tokens, rows, WIDTH, ACTIVATION)
+    else:
+        places = tl.arange(0, OUTPUTS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        parts += tile * (SPLITS * PARTS * TILE)
+        tl.store(parts + split * (PARTS * TILE) + places, total)
+        if PARTS == 2:
+            tl.store(parts + split * (PARTS * TILE) + TILE + places, upper)
+        tl.debug_barrier()  # every thread's part is written before one of them takes the ticket
+        if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(tickets + tile, 0)
+            total = _summed(parts, places, PARTS * TILE, SPLITS)
+            if PARTS == 2:
+                upper = _summed(parts + TILE, places, PARTS * TILE, SPLITS)
+            _finish(total, upper, row_scale, scale, bias, residual, y, columns, tokens, rows, WIDTH, ACTIVATION)

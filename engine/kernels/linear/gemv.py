@@ -1,0 +1,174 @@
+"""A few rows times an int8 matrix: each weight is read once, at the full rate of memory, and used from its register.
+
+Bytes: N * K of weights; the rows stay in L1. Operations: a weight is widened once and multiplied once per row. A
+multiprocessor of an H100 gets some 13 weights a cycle from memory and issues 128 operations: with up to 4 rows memory
+is the limit, with 8 it no longer is.
+
+Every tensor of the loop is a vector along K of which a thread holds LANE neighbours, weights and rows alike: nothing
+moves between threads before the end, so no barrier holds back the loads of the next step. Sums run in an order that K
+and the tile fix: the LANE values of a thread, the steps along K, then across threads. No row depends on its neighbours.
+"""
+
+# mypy: disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from engine.kernels.activation import activate
+from engine.kernels.linear.epilogue import load_columns
+
+LANE = tl.constexpr(16)  # weights of one load: 16 bytes
+_NORMAL = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _read(vector: tl.tensor, k: tl.tensor, K: tl.constexpr, DEPTH: tl.constexpr) -> tl.tensor:
+    """vector[k] in float32, 0 past K. Without a mask where none is needed: the compiler then loads earlier."""
+    value = tl.load(vector + k) if K % DEPTH == 0 else tl.load(vector + k, mask=k < K, other=0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _fold(values: tl.tensor, DEPTH: tl.constexpr) -> tl.tensor:
+    """Sums of each thread's neighbours: [DEPTH] to [DEPTH // LANE]."""
+    return tl.sum(tl.reshape(values, [DEPTH // LANE, LANE]), 1)
+
+
+@triton.jit
+def _inverse_root(mean: tl.tensor) -> tl.tensor:
+    """1 / sqrt(mean), and 0 for 0 and what the device takes for it: a row of zeros stays one if EPSILON is 0."""
+    return tl.where(mean < _NORMAL, 0.0, tl.rsqrt(tl.where(mean < _NORMAL, 1.0, mean)))
+
+
+@triton.jit
+def _moments(row: tl.tensor, K: tl.constexpr, DEPTH: tl.constexpr, EPSILON: tl.constexpr) -> tl.tuple:
+    """Mean and 1 / sqrt(variance + EPSILON) of row [K], in two passes: a large mean costs no digits."""
+    total = tl.zeros([DEPTH], tl.float32)
+    for start in range(0, K, DEPTH):
+        total += _read(row, start + tl.arange(0, DEPTH), K, DEPTH)
+    mean = tl.sum(total, 0) / K
+    squares = tl.zeros([DEPTH], tl.float32)
+    for start in range(0, K, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        difference = tl.where(k < K, _read(row, k, K, DEPTH) - mean, 0.0)
+        squares += difference * difference
+    return mean, _inverse_root(tl.sum(squares, 0) / K + EPSILON)
+
+
+@triton.jit
+def _stack(vectors: tl.tuple, COUNT: tl.constexpr) -> tl.tensor:
+    """Vectors [D], a power of 2, joined along new axes: [D, 2, ...], in row-major order of the new ones."""
+    joined = vectors[0]
+    if COUNT > 1:
+        HALF: tl.constexpr = COUNT // 2
+        pairs = tl.tuple(())
+        for index in tl.static_range(HALF):
+            pairs += (tl.join(vectors[index], vectors[index + HALF]),)
+        joined = _stack(pairs, HALF)
+    return joined
+
+
+@triton.jit
+def _finished(
+    totals: tl.tuple,
+    factor: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    columns: tl.tensor,
+    COUNT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """The sums of COUNT vectors [LENGTH], scaled: [COUNT], with one exchange between the threads for all of them."""
+    value = tl.sum(tl.reshape(_stack(totals, COUNT), [LENGTH, COUNT]), 0)
+    value *= factor * load_columns(scale, columns, WIDTH)
+    if bias is not None:
+        value += load_columns(bias, columns, WIDTH)
+    return value
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gemv(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_bias: tl.tensor,
+    residual: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    EPSILON: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """y [rows, WIDTH] = activation((norm(x) @ weight.T) * scale + bias) + residual, rows from 1 to ROWS.
+
+    x, bias, norm_weight, norm_bias, residual, y: float16 or bfloat16; weight int8 [N, K]; scale float32 [N]; what is
+    not there is None. WIDTH is N, or N / 2 with silu_gate. Program (tile) computes OUTPUTS columns of all rows.
+    """
+    GATE: tl.constexpr = ACTIVATION == "silu_gate"
+    WIDTH: tl.constexpr = N // 2 if GATE else N
+    PARTS: tl.constexpr = 2 if GATE else 1
+    first = tl.program_id(0) * OUTPUTS
+    totals, squares = tl.tuple(()), tl.tuple(())
+    places, means, factors = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for row in tl.static_range(ROWS):
+        place = x + tl.minimum(row, rows - 1).to(tl.int64) * K
+        mean, factor = 0.0, 1.0
+        if NORM == "layer":
+            mean, factor = _moments(place, K, DEPTH, EPSILON)
+        places += (place,)
+        means += (mean,)
+        factors += (factor,)
+        squares += (tl.zeros([DEPTH // LANE], tl.float32),)
+        for _ in tl.static_range(PARTS * OUTPUTS):
+            totals += (tl.zeros([DEPTH // LANE], tl.float32),)
+    for start in tl.range(0, K, DEPTH, loop_unroll_factor=UNROLL):
+        k = start + tl.arange(0, DEPTH)
+        weights = tl.tuple(())
+        for part in tl.static_range(PARTS):
+            for index in tl.static_range(OUTPUTS):
+                output = tl.minimum(first + index, WIDTH - 1).to(tl.int64) + part * WIDTH
+                weights += (_read(weight + output * K, k, K, DEPTH),)
+        new_totals, new_squares = tl.tuple(()), tl.tuple(())
+        for row in tl.static_range(ROWS):
+            value = _read(places[row], k, K, DEPTH)
+            square = squares[row]
+            if NORM == "rms":
+                square += _fold(value * value, DEPTH)
+            if NORM == "layer":
+                value = (value - means[row]) * factors[row]
+            if norm_weight is not None:
+                value *= _read(norm_weight, k, K, DEPTH)
+            if norm_bias is not None:
+                value += _read(norm_bias, k, K, DEPTH)
+            new_squares += (square,)
+            for index in tl.static_range(PARTS * OUTPUTS):
+                total = totals[row * PARTS * OUTPUTS + index]
+                new_totals += (total + _fold(weights[index] * value, DEPTH),)
+        totals, squares = new_totals, new_squares
+    columns = first + tl.arange(0, OUTPUTS)
+    for row in tl.static_range(ROWS):
+        mine = totals[row * PARTS * OUTPUTS : (row + 1) * PARTS * OUTPUTS]
+        factor = 1.0
+        if NORM == "rms":
+            factor = _inverse_root(tl.sum(squares[row], 0) / K + EPSILON)
+        value = _finished(mine[:OUTPUTS], factor, scale, bias, columns, OUTPUTS, DEPTH // LANE, WIDTH)
+        value = activate(value, ACTIVATION)
+        if GATE:
+            ups = None if bias is None else bias + WIDTH
+            value *= _finished(mine[OUTPUTS:], factor, scale + WIDTH, ups, columns, OUTPUTS, DEPTH // LANE, WIDTH)
+        place = tl.minimum(row, rows - 1).to(tl.int64) * WIDTH + columns
+        inside = (columns < WIDTH) & (row < rows)
+        if residual is not None:
+            value += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)

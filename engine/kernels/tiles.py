@@ -1,0 +1,184 @@
+"""How the products of the linear layers are cut into programs: the choice by default, and what a tuner can try.
+
+The defaults follow measurements on an H100 (132 multiprocessors, 3.0 TB/s). For few rows what counts is to have some
+2 MB of weights on their way from memory at any time; so narrow products, of few tiles, are split along their depth. For
+many rows it is the tensor cores' rate; then a tile has as many tokens as outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+Kernel = Literal["gemv", "int8", "float"]
+
+GEMV_ROWS = 4  # up to here memory is the limit of a GEMV on an H100; engine/kernels/linear/gemv.py counts it out
+FEW_ROWS = 128  # up to here all rows are in one tile, and every weight is read once
+MOST_ROWS = 4096  # the largest bucket; more rows use its tiles
+MULTIPROCESSORS = 132
+SHARED_BYTES = 227 * 1024  # of a program on sm_90; sm_80 has 163 KiB, which all defaults keep to
+MOST_SPLITS = 6
+SPLITS_TRIED = (2, 3, 4, 5, 6, 8, 10)
+MOST_ACCUMULATORS = 128  # registers of a thread, of 255
+LANE = 16  # weights that a thread loads at once
+WARP = 32 * LANE
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a tile is chosen for: the kernel, its bucket of rows, the weight [n, k], whether gate and up are fused."""
+
+    kernel: Kernel
+    rows: int
+    n: int
+    k: int
+    gate: bool
+
+    @property
+    def width(self) -> int:
+        return self.n // 2 if self.gate else self.n
+
+
+@dataclass(frozen=True)
+class GemvTile:
+    """A program computes `outputs` columns; its threads load `depth` weights of each at once, `unroll` times."""
+
+    outputs: int
+    depth: int
+    unroll: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """A program computes [outputs, tokens] by steps of `depth`, `stages` of them loading; `splits` share a depth."""
+
+    outputs: int
+    tokens: int
+    depth: int
+    splits: int
+    warps: int
+    stages: int
+
+    def tiles(self, rows: int, width: int) -> int:
+        return _cdiv(rows, self.tokens) * _cdiv(width, self.outputs)
+
+
+Tile = GemvTile | GemmTile
+
+
+def rows_bucket(rows: int) -> int:
+    """Row counts with one tile: 1, 2, 4, 8 and so on up to MOST_ROWS."""
+    return min(1 << (rows - 1).bit_length(), MOST_ROWS)
+
+
+class Tiles:
+    """Tiles by product: measured ones where there are some, else the defaults."""
+
+    def __init__(self, measured: Mapping[Product, Tile] | None = None, gemv_rows: int = GEMV_ROWS) -> None:
+        self._measured = dict(measured or {})
+        self.gemv_rows = gemv_rows
+
+    def gemv(self, rows: int, n: int, k: int, *, gate: bool) -> GemvTile:
+        wanted = Product("gemv", rows_bucket(rows), n, k, gate)
+        tile = self._measured.get(wanted)
+        return tile if isinstance(tile, GemvTile) else default_gemv(wanted)
+
+    def gemm(self, kernel: Literal["int8", "float"], rows: int, n: int, k: int, *, gate: bool) -> GemmTile:
+        wanted = Product(kernel, rows_bucket(rows), n, k, gate)
+        tile = self._measured.get(wanted)
+        return tile if isinstance(tile, GemmTile) else default_gemm(wanted)
+
+
+def default_gemv(wanted: Product) -> GemvTile:
+    """One warp a program, without any barrier, where a few steps of it cover the depth; else four share each output.
+
+    A row takes as many registers as the weights it meets: more rows, fewer steps at once.
+    """
+    parts = 2 if wanted.gate else 1
+    narrow = wanted.width < 32 * MULTIPROCESSORS  # wider, and there are programs enough for each to share its rows more
+    outputs = (8 if wanted.rows > 2 and not narrow else 4) // parts
+    if wanted.k > 8 * WARP:
+        return GemvTile(outputs, 4 * WARP, unroll=1 if wanted.rows > 2 else 2, warps=4)
+    depth = min(WARP, _power_of_2(wanted.k, least=LANE))
+    unroll = 3 if wanted.rows == 1 else 2 if wanted.rows == 2 or narrow else 1
+    return GemvTile(outputs, depth, min(unroll, _cdiv(wanted.k, depth)), warps=1)
+
+
+def default_gemm(wanted: Product) -> GemmTile:
+    depth = 128 if wanted.kernel == "int8" else 64  # 16-bit rows take twice the shared memory
+    if wanted.rows <= FEW_ROWS:
+        outputs = 128 if wanted.width >= 256 * MULTIPROCESSORS and not wanted.gate else 64
+        tokens = max(16, wanted.rows)
+        tile = GemmTile(outputs, tokens, 128, 1, _warps(outputs, tokens, wanted.gate), 4 if tokens <= 32 else 3)
+        return _split(tile, wanted, 2 * MULTIPROCESSORS)
+    tile = GemmTile(128, 128, depth, 1, 8, 3)
+    if tile.tiles(wanted.rows, wanted.width) < MULTIPROCESSORS or (wanted.gate and wanted.kernel == "float"):
+        tile = GemmTile(64, 128, depth, 1, _warps(64, 128, wanted.gate), 3)
+        return _split(tile, wanted, MULTIPROCESSORS)
+    return tile
+
+
+def _warps(outputs: int, tokens: int, gate: bool) -> int:
+    """4, unless the sums are too many for their registers."""
+    return 8 if outputs * tokens * (2 if gate else 1) > 64 * 128 else 4
+
+
+def candidates(wanted: Product, shared_bytes: int = SHARED_BYTES) -> Iterator[Tile]:
+    """Tiles worth measuring for a product, the default first, none twice; all fit in so much shared memory."""
+    default: Tile = default_gemv(wanted) if wanted.kernel == "gemv" else default_gemm(wanted)
+    yield default
+    if wanted.kernel == "gemv":
+        options: list[Tile] = [*_gemv_candidates(wanted)]
+    else:
+        options = [*_gemm_candidates(wanted, shared_bytes)]
+    yield from (tile for tile in dict.fromkeys(options) if tile != default)
+
+
+def _gemv_candidates(wanted: Product) -> Iterator[GemvTile]:
+    parts = 2 if wanted.gate else 1
+    for warps, outputs, unroll in product((1, 2, 4), (1, 2, 4, 8), (1, 2, 3, 4)):
+        depth, loads = warps * WARP, outputs * parts * unroll
+        in_registers = loads * wanted.rows <= 48 and wanted.rows * outputs * parts <= 32
+        if unroll <= _cdiv(wanted.k, depth) and depth < 2 * wanted.k and 4 <= loads <= 24 and in_registers:
+            yield GemvTile(outputs, depth, unroll, warps)
+
+
+def _gemm_candidates(wanted: Product, shared_bytes: int) -> Iterator[GemmTile]:
+    parts, x_bytes = (2 if wanted.gate else 1), (1 if wanted.kernel == "int8" else 2)
+    most = max(16, min(wanted.rows, 256))  # tokens of a tile; all of them where they are few
+    for outputs, tokens, depth, stages in product((64, 128), (16, 32, 64, 128, 256), (64, 128, 256), (3, 4)):
+        shared = (outputs * parts + tokens * x_bytes) * depth * stages
+        if shared > shared_bytes or not min(most, 128) <= tokens <= most or depth >= 2 * wanted.k:
+            continue
+        for warps in (4, 8):
+            if outputs * tokens * parts <= MOST_ACCUMULATORS * warps * 32 and (warps == 4 or tokens >= 64):
+                yield from _split_candidates(GemmTile(outputs, tokens, depth, 1, warps, stages), wanted)
+
+
+def _split_candidates(tile: GemmTile, wanted: Product) -> Iterator[GemmTile]:
+    """None, and those of SPLITS_TRIED that give about one program to a multiprocessor, or two."""
+    steps, tiles = _cdiv(wanted.k, tile.depth), tile.tiles(wanted.rows, wanted.width)
+    yield tile
+    for splits in SPLITS_TRIED:
+        fills = MULTIPROCESSORS <= 2 * tiles * splits <= 4 * MULTIPROCESSORS
+        if fills and splits < steps and _cdiv(steps, _cdiv(steps, splits)) == splits:
+            yield replace(tile, splits=splits)
+
+
+def _split(tile: GemmTile, wanted: Product, programs: int) -> GemmTile:
+    """Share the depth so that there are about as many programs, each with two steps at least, all with as many."""
+    steps = _cdiv(wanted.k, tile.depth)
+    most = min(programs // tile.tiles(wanted.rows, wanted.width), MOST_SPLITS, steps // 2)
+    splits = next((splits for splits in range(most, 1, -1) if steps % splits == 0), 1)
+    return replace(tile, splits=splits)
+
+
+def _cdiv(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def _power_of_2(value: int, least: int) -> int:
+    return max(least, 1 << (value - 1).bit_length())

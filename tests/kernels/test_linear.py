@@ -1,0 +1,159 @@
+"""The linear layers' kernels: linear_cases.py interpreted, the same on a GPU, and what is compiled without one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from engine.kernels.tiles import (
+    SHARED_BYTES,
+    GemmTile,
+    GemvTile,
+    Product,
+    Tiles,
+    candidates,
+    default_gemm,
+    default_gemv,
+)
+
+pytest.importorskip("triton")
+CASES = Path(__file__).with_name("linear_cases.py")
+CHIPS = [("fp16", 80), ("bf16", 90)]  # the type, and the compute capability
+SHARED = {80: 163 * 1024, 90: SHARED_BYTES}
+
+
+def run_cases(**environment: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def test_interpreted_kernels_agree_with_float64() -> None:
+    run_cases(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_agree_with_float64() -> None:
+    run_cases()
+
+
+def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int, **options: int) -> Any:
+    """The kernel for a GPU that need not be there. Arguments that are named nowhere are None."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = pointers | {"rows": "i32"}
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    known = {(index,): constants.get(key) for index, key in enumerate(signature) if key not in types}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, key in enumerate(signature) if key in pointers}
+    source = ASTSource(kernel, signature, known, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def assert_fits(kernel: Any, capability: int, folder: Path) -> None:
+    import triton
+
+    assert kernel.metadata.shared <= SHARED[capability]
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.kernel)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    assert found[2] == found[3] == "0", f"{found[0]}: registers were spilled"
+
+
+@pytest.mark.parametrize(("dtype", "capability"), CHIPS)
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "norm", "activation"),
+    [(1, 17920, 1536, "rms", "silu_gate"), (4, 17920, 1536, "rms", "silu_gate"), (4, 1536, 8960, "none", "none")],
+)
+def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
+    rows: int, n: int, k: int, norm: str, activation: str, dtype: str, capability: int, tmp_path: Path
+) -> None:
+    from engine.kernels.linear.gemv import gemv
+
+    tile = default_gemv(Product("gemv", rows, n, k, activation == "silu_gate"))
+    pointers = {"weight": "*i8", "scale": "*fp32"} | dict.fromkeys(("x", "bias", "residual", "y"), f"*{dtype}")
+    pointers |= {"norm_weight": f"*{dtype}"} if norm != "none" else {}
+    constants = {"N": n, "K": k, "NORM": norm, "EPSILON": 1e-6, "ACTIVATION": activation, "ROWS": rows}
+    constants |= {"OUTPUTS": tile.outputs, "DEPTH": tile.depth, "UNROLL": tile.unroll}
+    kernel = compiled(gemv, pointers, constants, capability, num_warps=tile.warps)
+    assert_fits(kernel, capability, tmp_path)
+    body = kernel.asm["ptx"].split("shfl.sync")[0]  # after the loop come the threads' exchange and single columns
+    loads = re.findall(r"ld\.global[\w.:]*", body)
+    assert loads, "weights and rows are read"
+    assert all(load.endswith("v4.b32") for load in loads), "16 bytes at a time"
+
+
+@pytest.mark.parametrize(("dtype", "capability"), CHIPS)
+@pytest.mark.parametrize(
+    ("kernel", "rows", "n", "k", "activation"),
+    [
+        ("int8", 16, 2048, 1536, "none"),
+        ("int8", 128, 17920, 1536, "silu_gate"),
+        ("int8", 2048, 17920, 1536, "silu_gate"),
+        ("float", 16, 1536, 8960, "none"),
+        ("float", 128, 151936, 1536, "none"),
+        ("float", 2048, 17920, 1536, "silu_gate"),
+    ],
+)
+def test_a_gemm_compiles_to_tensor_cores_and_spills_nothing(
+    kernel: Literal["int8", "float"], rows: int, n: int, k: int, activation: str, dtype: str, capability: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from engine.kernels.linear.gemm import gemm
+
+    tile = default_gemm(Product(kernel, rows, n, k, activation == "silu_gate"))
+    pointers = {"weight": "*i8", "scale": "*fp32"} | dict.fromkeys(("x", "bias", "residual", "y"), f"*{dtype}")
+    pointers |= {"x": "*i8", "row_scale": "*fp32"} if kernel == "int8" else {}
+    pointers |= {"parts": "*i32" if kernel == "int8" else "*fp32", "tickets": "*i32"} if tile.splits > 1 else {}
+    constants = {"N": n, "K": k, "ACTIVATION": activation, "OUTPUTS": tile.outputs, "TOKENS": tile.tokens}
+    constants |= {"DEPTH": tile.depth, "SPLITS": tile.splits}
+    built = compiled(gemm, pointers, constants, capability, num_warps=tile.warps, num_stages=tile.stages)
+    assert_fits(built, capability, tmp_path)
+    instruction = {80: r"mma\.sync", 90: r"wgmma\.mma_async"}[capability]
+    types = r"s32\.s8\.s8" if kernel == "int8" else rf"f32\.{dtype.replace('fp', 'f')}"
+    assert re.search(rf"{instruction}[\w.:]*{types}", built.asm["ptx"])
+
+
+SHAPES = [(2048, 1536, False), (17920, 1536, True), (1536, 8960, False), (151936, 1536, False), (288, 192, False)]
+
+
+@pytest.mark.parametrize(("n", "k", "gate"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 4, 16, 128, 1024, 4096])
+def test_candidates_fit_begin_with_the_default_and_cover_the_depth(rows: int, n: int, k: int, gate: bool) -> None:
+    for kernel in ("gemv", "int8", "float") if rows <= 4 else ("int8", "float"):
+        wanted = Product(kernel, rows, n, k, gate)
+        tiles = list(candidates(wanted))
+        assert tiles[0] == (default_gemv(wanted) if kernel == "gemv" else default_gemm(wanted))
+        assert len(set(tiles)) == len(tiles) <= 200
+        for tile in tiles:
+            if isinstance(tile, GemvTile):
+                assert tile.depth % (16 * 32 * tile.warps) == 0 or k < 512
+            else:
+                steps = -(-k // tile.depth)
+                assert -(-steps // tile.splits) * (tile.splits - 1) < steps, "no split is without work"
+
+
+def test_measured_tiles_are_taken_and_others_are_the_default() -> None:
+    measured = GemmTile(128, 16, 256, 2, 8, 3)
+    tiles = Tiles({Product("int8", 16, 2048, 1536, False): measured, Product("gemv", 1, 8, 8, False): measured})
+    assert tiles.gemm("int8", 9, 2048, 1536, gate=False) == measured
+    assert tiles.gemm("int8", 17, 2048, 1536, gate=False) == default_gemm(Product("int8", 32, 2048, 1536, False))
+    assert tiles.gemv(1, 8, 8, gate=False) == default_gemv(Product("gemv", 1, 8, 8, False)), "of the wrong kernel"

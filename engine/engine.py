@@ -33,7 +33,7 @@ from engine.errors import (
 )
 from engine.job import Job
 from engine.loop import StepLoop
-from engine.model import Model, load_model
+from engine.model import Model, OpenCuda, load_model
 from engine.preprocess import ImageInput, image_size
 from engine.prompts import Prompt
 from engine.replica import Replica
@@ -49,10 +49,13 @@ CLOCK_S = 0.2  # how late an expired request may be noticed
 
 
 class Engine:
-    """Raises StorageError when the storage folder cannot be used."""
+    """Raises StorageError when the storage folder cannot be used. `open_cuda` replaces how a GPU's replicas open."""
 
-    def __init__(self, config: EngineConfig, *, on_step: OnStep | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, on_step: OnStep | None = None, open_cuda: OpenCuda | None = None
+    ) -> None:
         self.config = config
+        self._open_cuda = open_cuda
         open_storage(config.storage)
         self._answers, self._features = _open_caches(config)
         self._on_step = on_step
@@ -153,7 +156,7 @@ class Engine:
             on_features = None if self._features is None else self._keep_features
             names = [f"cuda:{gpu.index}" for gpu in self._devices.gpus] or ["cpu"]
             self._loops = [StepLoop(name, on_features=on_features, on_step=self._on_step) for name in names]
-        model = load_model(name, self.config, self._devices, self._loops)
+        model = load_model(name, self.config, self._devices, self._loops, self._open_cuda)
         _leave_to_the_end()
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ from engine.replica import Replica
 from engine.request import Image
 from engine.runners.open_cpu import open_cpu
 from engine.scheduling.sequence import Sequence
+
+OpenCuda = Callable[[str, Artifact, EngineConfig, int], Replica]
+"""A model, its weights, the settings and a GPU's number to a replica: `open_cuda`, or what stands in for it."""
 
 _NO_PIXELS = np.empty((0,), np.uint8)
 
@@ -77,7 +81,13 @@ class Model:
         return self.images
 
 
-def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered[StepLoop]) -> Model:
+def load_model(
+    name: str,
+    config: EngineConfig,
+    devices: Devices,
+    loops: Ordered[StepLoop],
+    open_cuda: OpenCuda | None = None,
+) -> Model:
     """Convert if need be, open one replica on each loop's device, warm up; takes seconds.
 
     Raises ModelUnavailable's children, StorageError, InvalidConfig or DeviceOutOfMemory.
@@ -88,7 +98,8 @@ def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered
     spec = artifact.spec
     prompts = PromptBuilder(checkpoint.folder, spec)
     images = image_processor(checkpoint.folder, spec) if spec.vision else None
-    replicas = _open_replicas(name, artifact, config, loops)  # last: what fails before it leaves nothing on a device
+    # last: what fails before it leaves nothing on a device
+    replicas = _open_replicas(name, artifact, config, loops, open_cuda)
     return Model(
         name=name,
         folder=checkpoint.folder,
@@ -100,7 +111,9 @@ def load_model(name: str, config: EngineConfig, devices: Devices, loops: Ordered
     )
 
 
-def _open_replicas(name: str, artifact: Artifact, config: EngineConfig, loops: Ordered[StepLoop]) -> list[Replica]:
+def _open_replicas(
+    name: str, artifact: Artifact, config: EngineConfig, loops: Ordered[StepLoop], open_cuda: OpenCuda | None
+) -> list[Replica]:
     """One by one, because a graph that is captured bears no allocation beside it, not even on another device.
 
     When a device fails, the others give up what they have.
@@ -108,7 +121,7 @@ def _open_replicas(name: str, artifact: Artifact, config: EngineConfig, loops: O
     opened: list[Replica] = []
     try:
         for loop in loops:
-            opened.append(loop.call(partial(_open_replica, name, artifact, config, loop)).result())
+            opened.append(loop.call(partial(_open_replica, name, artifact, config, loop, open_cuda)).result())
     except Exception:
         for replica, loop in zip(opened, loops, strict=False):
             loop.remove(replica)
@@ -116,9 +129,13 @@ def _open_replicas(name: str, artifact: Artifact, config: EngineConfig, loops: O
     return opened
 
 
-def _open_replica(name: str, artifact: Artifact, config: EngineConfig, loop: StepLoop) -> Replica:
+def _open_replica(
+    name: str, artifact: Artifact, config: EngineConfig, loop: StepLoop, open_cuda: OpenCuda | None
+) -> Replica:
     if loop.device == "cpu":
         return open_cpu(name, artifact, config)
-    from engine.runners.open_cuda import open_cuda  # imports torch, which an engine on the CPU has no need of
+    if open_cuda is None:
+        from engine.runners import open_cuda as module  # imports torch, which an engine on the CPU has no need of
 
+        open_cuda = module.open_cuda
     return open_cuda(name, artifact, config, int(loop.device.removeprefix("cuda:")))

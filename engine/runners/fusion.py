@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,14 @@ Register = Callable[[Any], None]
 _FOLDER = "kernels"  # of the storage folder
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What of ours runs, for a bench that switches it part by part: unlike the setting it does not give way."""
+
+    fusion: Fusion
+    torch_sampling: bool = False
+
+
 def open_fusion(
     artifact: Artifact,
     config: EngineConfig,
@@ -33,17 +42,21 @@ def open_fusion(
     device: torch.device,
     step_tokens: int,
     block_size: int,
+    parts: Parts | None = None,
 ) -> tuple[Fusion, Register | None]:
     """Which operators are ours, and how sessions come to know them; STOCK where they cannot be had, which is logged.
 
-    Takes the memory that they work in, for steps of up to `step_tokens` tokens.
+    Takes the memory that they work in, for steps of up to `step_tokens` tokens. With `parts` it raises
+    KernelsUnavailable instead.
     """
-    fusion = _chosen(artifact, config)
+    fusion = _chosen(artifact, config) if parts is None else parts.fusion
     if fusion == STOCK:
         return STOCK, None
     try:
         return fusion, _operators(artifact.spec.decoder, config, dtype, device, step_tokens, block_size)
     except KernelsUnavailable as error:
+        if parts is not None:
+            raise
         logger.warning("%s", error)
         return STOCK, None
 

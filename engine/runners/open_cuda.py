@@ -14,10 +14,11 @@ from engine.config import EngineConfig
 from engine.device import memory_budget
 from engine.errors import DeviceOutOfMemory, InvalidConfig
 from engine.graphs.cuda import CudaGraph, cuda_decoder
+from engine.graphs.cuda.fused import Fusion
 from engine.replica import Replica
 from engine.runners.calibration import kv_ranges
 from engine.runners.cuda import CudaRunner
-from engine.runners.fusion import open_fusion
+from engine.runners.fusion import Parts, open_fusion
 from engine.runners.kv_budget import BlockSize, kv_budget
 from engine.runtime.cuda.cache_scales import scale_inputs
 from engine.runtime.cuda.capture import allow_beside_capture
@@ -27,6 +28,7 @@ from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.session import CudaSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.sampling.device import DeviceSampler
+from engine.sampling.device_torch import TorchSampling
 from engine.scheduling.paged import PagedKVCache
 from engine.scheduling.scheduler import Scheduler, StepLimits
 from engine.spec import FloatType, Precision
@@ -38,8 +40,9 @@ _MIB = 2**20
 _own = threading.local()
 
 
-def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
-    """Upload, reserve KV blocks from what the budget leaves, capture the decode steps.
+def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int, parts: Parts | None = None) -> Replica:
+    """Upload, reserve KV blocks from what the budget leaves, capture the decode steps. `parts`: instead of the setting
+    `kernel_fusion`.
 
     Raises DeviceOutOfMemory when the budget does not hold the weights and some context, and InvalidConfig for an int8
     KV cache beside fp32.
@@ -52,7 +55,7 @@ def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -
     free = torch.cuda.mem_get_info(device)[0]
     try:
         with DeviceFailures(device):
-            return _open(name, artifact, config, device, memory_budget(config, free))
+            return _open(name, artifact, config, device, memory_budget(config, free), parts)
     except DeviceOutOfMemory as error:
         problem = str(error)
         traceback.clear_frames(error.__traceback__)  # they hold what was uploaded
@@ -66,7 +69,9 @@ def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int) -
     raise DeviceOutOfMemory(problem)
 
 
-def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int) -> Replica:
+def _open(
+    name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int, parts: Parts | None
+) -> Replica:
     spec, slots = artifact.spec, config.max_batch_size
     activations = activation_type(artifact.precision, spec.dtype)
     dtype, paged = torch_type(activations), activations != "float32"  # PagedAttention has no kernel for fp32
@@ -76,7 +81,7 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     prefill_tokens = config.prefill_chunk or _PREFILL_TOKENS
     step_tokens = prefill_tokens + slots
     block_size = kv_block_size(spec.decoder.head_dim)
-    fusion, register = open_fusion(artifact, config, dtype, device, step_tokens, block_size)
+    fusion, register = open_fusion(artifact, config, dtype, device, step_tokens, block_size, parts)
 
     def open_session(graph: CudaGraph) -> CudaSession:
         return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register)
@@ -97,7 +102,8 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
         ranges = kv_ranges(checkpoint, artifact, activations, open_session, tower, device, fusion)
         scales = scale_inputs(ranges, device)
         torch.cuda.empty_cache()
-    sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype)
+    sampling = TorchSampling() if parts is not None and parts.torch_sampling else None
+    sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype, sampling=sampling)
     open_decoder = partial(
         PagedDecoder,
         *(session, spec.decoder, sampler.slot_tokens),
@@ -138,12 +144,19 @@ def _open(name: str, artifact: Artifact, config: EngineConfig, device: torch.dev
     limits = StepLimits(prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)
     return Replica(
         name=name,
-        numerics=f"{artifact.digest} cuda {activations}" + (" int8 kv" if int8_cache else ""),
+        numerics=_numerics(artifact, activations, fusion, int8_cache=int8_cache),
         device=str(device),
         runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=memory),
         scheduler=Scheduler(kv, limits),
         context_length=context_length,
     )
+
+
+def _numerics(artifact: Artifact, activations: FloatType, fusion: Fusion, *, int8_cache: bool) -> str:
+    """Weights, and all that another result can come from."""
+    cache = " int8 kv" if int8_cache else ""
+    ours = [name for name in ("linear", "attention") if getattr(fusion, name)]
+    return f"{artifact.digest} cuda {activations}{cache}" + (f" own {' '.join(ours)}" if ours else "")
 
 
 def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:

@@ -41,10 +41,19 @@ class DeviceSampler:
     logits and its slot alone: seed, step and penalties are the slot's, and no reduction crosses rows. Not thread-safe;
     all work goes to the device's current stream and nothing waits for it.
 
-    dtype: the logits' type to prepare for, so that no request waits for a kernel to compile.
+    dtype: the logits' type to prepare for, so that no request waits for a kernel to compile. sampling: which of the two
+    it is, instead of the faster one that works.
     """
 
-    def __init__(self, slots: int, vocab: int, device: torch.device, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(
+        self,
+        slots: int,
+        vocab: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float16,
+        *,
+        sampling: Sampling | None = None,
+    ) -> None:
         if slots < 1 or not 1 <= vocab <= MAX_VOCAB:
             raise ValueError(
                 f"{slots} slots and {vocab} tokens; there must be 1 or more, and at most {MAX_VOCAB} tokens"
@@ -53,7 +62,7 @@ class DeviceSampler:
         self.slot_tokens = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self._table = torch.zeros((slots + 1, FIRST_FORBIDDEN + 4), dtype=torch.int32, device=device)
         self._counts = torch.zeros((1, 1), dtype=torch.int16, device=device)
-        self._sampling = _choose_sampling(vocab, device, dtype)
+        self._sampling = sampling or _choose_sampling(vocab, device, dtype)
 
     def assign(
         self,

@@ -23,6 +23,7 @@ Launches go to the current stream of the current device.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import Activation, activate
+from engine.kernels.launcher import Launcher
 from engine.kernels.pointer import Tensor
 
 Norm = Literal["none", "rms", "layer"]
@@ -125,10 +127,13 @@ def act_quantise(x: Tensor, rows: Tensor, scales: Tensor, *, activation: Activat
     if not count:
         return
     columns, together, warps = tile_of(count, width)
-    _activated_rows[(triton.cdiv(count, together),)](
-        x, rows, scales, count,
-        WIDTH=width, KIND=activation, COLUMNS=columns, ROWS=together, num_warps=warps,
-    )  # fmt: skip
+    _launcher(_current_device(), activating=True)(
+        (triton.cdiv(count, together), 1, 1),
+        (x, rows, scales),
+        (count,),
+        (width, activation, columns, together),
+        (("num_warps", warps),),
+    )
 
 
 def _normalise(
@@ -158,10 +163,22 @@ def _normalise(
     if not count:
         return
     columns, together, warps = tile_of(count, width)
-    _normalised_rows[(triton.cdiv(count, together),)](
-        x, residual, total, weight, bias, out, scales, count,
-        WIDTH=width, NORM=norm, EPSILON=epsilon, COLUMNS=columns, ROWS=together, num_warps=warps,
-    )  # fmt: skip
+    _launcher(_current_device(), activating=False)(
+        (triton.cdiv(count, together), 1, 1),
+        (x, residual, total, weight, bias, out, scales),
+        (count,),
+        (width, norm, epsilon, columns, together),
+        (("num_warps", warps),),
+    )
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
+
+
+@lru_cache
+def _launcher(device: int, *, activating: bool) -> Launcher:  # noqa: ARG001  # one for each device
+    return Launcher(_activated_rows if activating else _normalised_rows)
 
 
 def _named(*tensors: Tensor) -> str:

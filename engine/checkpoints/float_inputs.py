@@ -1,0 +1,43 @@
+"""Which linear layers of an int8 artifact read 16-bit activations: measured once, kept beside the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from engine.checkpoints.artifact import Artifact
+
+FILE = "float_inputs.json"
+_VERSION = 1  # raise it when they are chosen in another way
+_log = logging.getLogger("engine.checkpoints")
+
+
+def read_float_inputs(artifact: Artifact, known: Collection[str]) -> frozenset[str] | None:
+    """Names of linear layers, all among `known`; None if not kept, or for other weights, or by another rule."""
+    try:
+        kept = json.loads((artifact.folder / FILE).read_bytes())
+        names = kept["layers"] if (kept["version"], kept["digest"]) == (_VERSION, artifact.digest) else None
+        return frozenset(names) if isinstance(names, list) and set(names) <= set(known) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_float_inputs(artifact: Artifact, layers: frozenset[str]) -> None:
+    """Under another name and renamed. What cannot be kept is measured again at the next start."""
+    file = artifact.folder / FILE
+    text = json.dumps({"version": _VERSION, "digest": artifact.digest, "layers": sorted(layers)}, indent=1)
+    try:
+        descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=f"{FILE}.")
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(text)
+            Path(partial).replace(file)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        _log.warning("%s cannot be written (%s); it is measured at every start", file, error.strerror)

@@ -1,4 +1,4 @@
-"""./tessera eval: accuracy on data with known answers, through the engine."""
+"""./tessera eval: accuracy on data with known answers, through the engine; and perplexity."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cli import perplexity
 from cli.settings import add_engine_settings, settings_from
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -22,6 +23,7 @@ from engine.request import Chunk, Event, Finished, Image, Message, Request, Samp
 from evaluation import easy_vqa, printed_words
 from evaluation.samples import Sample
 
+PERPLEXITY = "perplexity"
 CONCURRENT = 64  # requests in flight; bounds memory, fills batches
 DATA: dict[str, Callable[[], Iterable[Sample]]] = {
     "easy-vqa": easy_vqa.test_samples,
@@ -30,16 +32,19 @@ DATA: dict[str, Callable[[], Iterable[Sample]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", choices=sorted(DATA))
+    parser.add_argument("data", choices=sorted([*DATA, PERPLEXITY]))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--limit", type=int, help="only the first N questions")
     add_engine_settings(parser)
     parser.add_argument("--storage", type=Path, help="storage folder (default: the engine's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    perplexity.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the accuracy with its 95 % interval, and some of what was wrong."""
+    if arguments.data == PERPLEXITY:
+        return perplexity.run(arguments)
     try:
         engine = Engine(EngineConfig.from_mapping(settings_from(arguments) | {"cache_enabled": "false"}))
     except EngineError as error:

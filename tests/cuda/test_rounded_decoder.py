@@ -76,7 +76,7 @@ def test_layers_that_are_rounded_compute_what_the_fused_graph_computes_in_int8(
     rounding = Rounding(artifact, "float16", partial(open_session, artifact), step(), CPU, names)
     found, wanted = rounding.logits(chosen).float(), fused_logits(artifact, frozenset(names) - chosen)
     exact = fused_logits(artifact, frozenset(names))
-    # The kernels do not round a normed row to 16 bits before they quantise it; here that turns a few values another way.
+    # A normed row that is not rounded to 16 bits before it is quantised gives a few other values.
     error, change = ((x - wanted).square().mean().sqrt() for x in (found, exact))
     assert float(error) < max(0.9 * float(change), 1e-3 * float(wanted.std()))
     assert bool(chosen) == (float(change) > 1e-3 * float(wanted.std()))

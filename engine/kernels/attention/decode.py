@@ -1,0 +1,227 @@
+"""One new token of each sequence attends over the paged cache: one launch for a layer.
+
+Two numbers. A token costs 2 * head_dim * (2 or 1) bytes a key head, read once: with 2 heads of 128 in 16 bits 1 KB a
+layer, so a sequence of 1,024 tokens 1 MB: 0.35 us at 3 TB/s alone, 11 us for 32 sequences, 45 us for 128. It costs
+4 * head_dim operations a query head: 6 operations a byte for 12 query heads, 16 as tensor cores are fed (rows are
+filled up to 16), of some 280 that an H100 has for each byte. So bytes are the limit for many sequences, and for a few
+the chain of loads that wait for each other: the place in the table, keys, values, the splits of others.
+
+Program (key head and tile of its query heads, split, sequence) reads `tokens` cached tokens once for up to 16 query
+heads, the next tile of them on its way while one is multiplied; the first before queries are made ready, which takes
+two loads that wait for each other. A program whose split lies behind its sequence's end leaves at once, so a captured
+grid serves every length. The program of the last split takes the new token's key and value from where they were made:
+its state begins with them, and memory that one program writes is read by none of the same launch.
+
+Merge. Each split leaves its sums in scratch memory and takes a ticket of its sequence and head; who takes the last
+one reads all of them, in the order of splits, so that the result is the same whoever was last. A second kernel would
+be as deterministic and costs its own start, 1 to 2 us in a captured graph, for every layer; the ticket costs one
+atomic operation and the trip to L2 that the second kernel makes as well. The ticket's acquire and release order the
+sums of one program before the reads of another (CUDA's memory model: a barrier and an atomic operation of one thread
+order what all threads of a block did), and the last program sets the ticket back for the next launch. Launches that
+share tickets must follow one another, as those of one stream do.
+
+Source: Flash-Decoding (Dao et al., 2023); online softmax (Milakov and Gimelshein, 2018).
+"""
+
+# mypy: disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from engine.kernels.attention.heads import to_int8, turned
+from engine.kernels.attention.merge import leave, merged
+from engine.kernels.attention.parameters import ROWS as _ROWS
+
+ROWS = tl.constexpr(_ROWS)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _read(
+    cache: tl.tensor,
+    block: tl.tensor,
+    first: tl.tensor,
+    held: tl.tensor,
+    head: tl.tensor,
+    TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> tl.tensor:
+    """Words of cached tokens, int32 [TILE, CHANNELS / channels in a word], from place `first` on, which lie in one
+    block; 0 from `held` on.
+
+    A tile on its way while another is multiplied is words, because the compiler would give each 16-bit value a register
+    of its own, and would wait for bytes at once to move them to where they are multiplied.
+    """
+    WORD: tl.constexpr = 32 // cache.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = HEAD_DIM // WORD
+    token = tl.arange(0, TILE)[:, None]
+    word = tl.arange(0, CHANNELS // WORD)[None, :]
+    page = cache.to(tl.pointer_type(tl.int32), bitcast=True)
+    page += block.to(tl.int64) * (PAGE * KV_HEADS * WIDTH) + head * WIDTH
+    entry = (first % PAGE + token) * (KV_HEADS * WIDTH) + word
+    return tl.load(page + entry, mask=(first + token < held) & (word < WIDTH), other=0)
+
+
+@triton.jit
+def _channels(words: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    """What lies in words [R, C]: 16-bit floats [R, 2 * C], or int8 [R, 4 * C] as float16.
+
+    With 0x64 before it, a byte b is 1024 + b in float16; 128 is added to a signed one by turning its first bit.
+    """
+    if TYPE.primitive_bitwidth == 8:
+        even = (words & 0x00FF00FF) ^ 0x64806480
+        odd = ((words >> 8) & 0x00FF00FF) ^ 0x64806480
+        pairs = tl.join(even, odd)  # channels (0, 2) and (1, 3)
+        halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+        halves = tl.permute(halves, (0, 1, 3, 2))
+        wide = tl.reshape(halves, (words.shape[0], 4 * words.shape[1])).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        wide = tl.reshape(halves, (words.shape[0], 2 * words.shape[1])).to(TYPE, bitcast=True)
+    return wide
+
+
+@triton.jit(
+    do_not_specialize=["columns", "tokens"], do_not_specialize_on_alignment=["past", "block_table", "positions"]
+)
+def decode_attention(
+    qkv: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    past: tl.tensor,
+    block_table: tl.tensor,
+    cosine: tl.tensor,
+    sine: tl.tensor,
+    positions: tl.tensor,
+    query_norm: tl.tensor,
+    key_norm: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
+    out: tl.tensor,
+    scratch: tl.tensor,
+    tickets: tl.tensor,
+    columns: tl.tensor,
+    tokens: tl.tensor,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SECTION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    EPSILON: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    KEPT: tl.constexpr,
+    MERGED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    """Program (head tile, split, sequence); grid [KV_HEADS * tiles, splits, B], shapes as PagedDecodeAttention's.
+
+    block_table has `columns` columns, a split `tokens` tokens, a multiple of TILE, which divides PAGE. int8 caches come
+    with scales, others with None. DOT is the type that is multiplied. scratch and tickets int32 [B, head tiles] are
+    used if SPLIT. CHANNELS is HEAD_DIM's next power of 2.
+    """
+    CACHE: tl.constexpr = key_cache.dtype.element_ty
+    TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
+    head_tile, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, first_row = head_tile // TILES, head_tile % TILES * ROWS
+    start = split * tokens
+    table = block_table + row.to(tl.int64) * columns
+    block = tl.load(table + start // PAGE)
+    held = tl.load(past + row)
+    if start > held:
+        return
+    keys = _read(key_cache, block, start, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
+    values = _read(value_cache, block, start, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
+
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = channel < HEAD_DIM
+    each = tl.broadcast_to(channel, (ROWS, CHANNELS))  # read so, all that is computed lies where queries do
+    count = tl.minimum(GROUP - first_row, ROWS)
+    rows = tl.arange(0, ROWS)
+    packed = qkv + row.to(tl.int64) * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
+    rotary = cosine, sine, positions, row, tl.num_programs(2), held
+    heads = packed + (head * GROUP + first_row + rows[:, None]) * HEAD_DIM
+    query = turned(heads, rows[:, None] < count, query_norm, rotary, HEAD_DIM, CHANNELS, SECTION, INTERLEAVED, EPSILON)
+    scale = tl.full([ROWS], LOG2_E / HEAD_DIM**0.5, tl.float32)
+    if key_scale is not None:  # folded into queries, which then need a range of their own in 16 bits
+        key_step = tl.load(key_scale + head * HEAD_DIM + each, mask=inside, other=1.0)
+        wide = query.to(tl.float32) * key_step
+        largest = tl.max(tl.abs(wide), 1)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        query = wide / largest[:, None]
+        scale *= largest
+    query = query.to(DOT)
+
+    owner = start + tokens > held  # the new token's place is in this split; no branch, or tiles would wait before it
+    new = packed + (GROUP * KV_HEADS + head + rows[:, None] * 0) * HEAD_DIM
+    mine = owner & inside & (rows[:, None] < ROWS)
+    key = turned(new, mine, key_norm, rotary, HEAD_DIM, CHANNELS, SECTION, INTERLEAVED, EPSILON)
+    value = tl.load(new + KV_HEADS * HEAD_DIM + channel, mask=mine, other=0.0)
+    if key_scale is not None:
+        key = to_int8(key, key_step)
+        value = to_int8(value, tl.load(value_scale + head * HEAD_DIM + each, mask=inside, other=1.0))
+    home = tl.load(table + held // PAGE, mask=owner, other=0).to(tl.int64) * PAGE + held % PAGE
+    entry = (home * KV_HEADS + head) * HEAD_DIM + channel + rows[:, None] * 0
+    once = mine & (first_row + rows[:, None] == 0)
+    tl.store(key_cache + entry, key.to(CACHE), mask=once)
+    tl.store(value_cache + entry, value.to(CACHE), mask=once)
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+    peak = tl.where(owner, score, -float("inf"))
+    masses = tl.where(owner & (tl.arange(0, TILE) == 0), 1.0, 0.0)[None, :] + tl.zeros([ROWS, 1], tl.float32)
+    total = value.to(tl.float32)
+    first, end = start, tl.minimum(start + tokens, held)
+    while first < end:
+        scores = tl.dot(query, tl.trans(_channels(keys, CACHE).to(DOT))) * scale[:, None]
+        scores = tl.where((first + tl.arange(0, TILE) < end)[None, :], scores, -float("inf"))
+        first += TILE
+        block = tl.load(table + first // PAGE, mask=first < end, other=0)
+        keys = _read(key_cache, block, first, end, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        older = tl.exp2(peak - higher)[:, None]
+        masses = masses * older + weights
+        total = total * older + tl.dot(weights.to(DOT), _channels(values, CACHE).to(DOT))
+        values = _read(value_cache, block, first, end, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
+        peak = higher
+    mass = tl.sum(masses, 1)
+
+    target = out + row.to(tl.int64) * (GROUP * KV_HEADS * HEAD_DIM) + (head * GROUP + first_row) * HEAD_DIM
+    splits = held // tokens + 1
+    if SPLIT and splits > 1:
+        ticket = row * tl.num_programs(0) + head_tile
+        units = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2)
+        unit = ticket.to(tl.int64) * tl.num_programs(1)
+        leave(scratch, units, unit + split, peak, mass, total, count, channel, KEPT, HEAD_DIM)
+        tl.debug_barrier()
+        taken = tl.atomic_add(tickets + ticket, 1, sem="acq_rel", scope="gpu")
+        if taken == splits - 1:
+            tl.store(tickets + ticket, 0)
+            mean = merged(scratch, units, unit, splits, count, KEPT, HEAD_DIM, MERGED, CHANNELS)
+            _write(target, mean, value_scale, head, count, HEAD_DIM)
+    else:
+        _write(target, total / mass[:, None], value_scale, head, count, HEAD_DIM)
+
+
+@triton.jit
+def _write(
+    target: tl.tensor,
+    mean: tl.tensor,
+    value_scale: tl.tensor,
+    head: tl.tensor,
+    count: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> None:
+    """The first `count` rows of mean [R, D] to the heads from target on."""
+    rows = tl.arange(0, mean.shape[0])[:, None]
+    channel = tl.arange(0, mean.shape[1])[None, :]
+    if value_scale is not None:
+        mean *= tl.load(value_scale + head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
+    places = target + rows * HEAD_DIM + channel
+    tl.store(places, mean.to(target.dtype.element_ty), mask=(rows < count) & (channel < HEAD_DIM))

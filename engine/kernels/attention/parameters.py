@@ -1,0 +1,127 @@
+"""Sizes of decode attention: what a model says, how a kernel is cut, how a context is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.kernels.workspace import TICKETS
+
+ROWS = 16  # query heads of a program: the least that tensor cores multiply at once
+MOST_SPLITS = 64  # a merge reads all of a sequence's splits, on one multiprocessor
+_LONGEST_SPLIT = 2048  # tokens; among short sequences a long one would hold up the step
+
+
+def power_of_2(number: int) -> int:
+    """The next one up."""
+    return 1 << (number - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParameters:
+    """One layer's attention. Rotary embedding is plain, by a token's place, or three-axis if `mrope_section` (pairs
+    of channels per axis: temporal, height, width) is not empty; `qk_norm_epsilon` is None without a norm of heads.
+
+    Raises ValueError for sizes that no kernel here computes.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mrope_section: Sequence[int] = ()
+    mrope_interleaved: bool = False
+    qk_norm_epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key heads evenly")
+        if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
+            raise ValueError(f"heads of {self.head_dim} channels; a multiple of 16 up to 256 is supported")
+        if self.mrope_section and (len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2):
+            raise ValueError(f"mrope_section {self.mrope_section} has not three axes of {self.head_dim // 2} pairs")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def head_tiles(self) -> int:
+        """Programs that share a key head, each with up to ROWS of its query heads."""
+        return -(-self.group // ROWS)
+
+    @property
+    def width(self) -> int:
+        """Of queries, keys and values side by side."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of ROWS that a split leaves for the merge, a power of 2."""
+        return power_of_2(min(self.group, ROWS))
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """How the kernel is cut: `tokens` are read at once (a power of 2) by `warps` warps of at most `registers` a thread;
+    a split has `least` tokens or more, and there are about `programs` of them to a multiprocessor; `merged` splits (a
+    power of 2) are read at once in the end.
+    """
+
+    tokens: int
+    warps: int = 4
+    registers: int | None = None
+    least: int = 64
+    programs: int = 4
+    merged: int = 8
+
+
+def default_tile(
+    parameters: AttentionParameters, batch: int, context: int, multiprocessors: int, *, int8: bool
+) -> AttentionTile:
+    """While there is room for a program for every 64 tokens, each has one tile and takes the registers that it needs.
+    Beyond that, three or four programs share a multiprocessor's registers, with 48 to 64 KB on their way together.
+
+    So compiled for sm_90 without spills in the loop (Triton 3.6): keys and values that wait take 32 registers a thread
+    of 150, at 64 tokens of 128 channels in int8 or 32 in 16 bits.
+    """
+    width = power_of_2(parameters.head_dim)
+    kept = parameters.kept_rows * width
+    pieces = batch * parameters.kv_heads * parameters.head_tiles * -(-context // 64)
+    if width > 128:
+        return AttentionTile(tokens=32, merged=_merged(8192, kept))
+    if pieces <= 2 * multiprocessors:
+        return AttentionTile(tokens=64, merged=_merged(16384, kept))
+    if int8:
+        return AttentionTile(tokens=64, registers=168 if width == 128 else 128, merged=_merged(8192, kept))
+    return AttentionTile(tokens=min(64, 4096 // width), registers=128, merged=_merged(8192, kept))
+
+
+def _merged(values: int, kept: int) -> int:
+    """How many splits of `kept` values each are read at once."""
+    return min(32, max(1, values // kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Of a context: `count` programs with `tokens` tokens each."""
+
+    count: int
+    tokens: int
+
+
+def split_context(
+    parameters: AttentionParameters, tile: AttentionTile, batch: int, context: int, multiprocessors: int
+) -> Split:
+    """The context [tokens] of the longest of `batch` sequences, for a grid that is the same whatever their lengths.
+
+    Enough programs to fill the device when the sequences are half as long as the context, none too long, and never
+    more than a merge can bear. It depends on nothing that changes inside a captured graph.
+    """
+    sequences = batch * parameters.kv_heads * parameters.head_tiles
+    wanted = max(tile.programs * multiprocessors // sequences, -(-context // _LONGEST_SPLIT))
+    count = max(1, min(wanted, MOST_SPLITS, -(-context // tile.least)))
+    if sequences > TICKETS:  # enough to do without splits
+        count = 1
+    tokens = -(-context // (count * tile.tokens)) * tile.tokens
+    return Split(-(-context // tokens), tokens)

@@ -1,0 +1,152 @@
+"""Decode attention: decode_attention_cases.py interpreted, the same on a GPU, how it is cut, and what is compiled."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from engine.kernels.attention.parameters import AttentionParameters, AttentionTile, default_tile, split_context
+
+CASES = Path(__file__).with_name("decode_attention_cases.py")
+QWEN2_VL_2B = AttentionParameters(12, 2, 128, (16, 24, 24))
+QWEN3_VL_2B = AttentionParameters(16, 8, 128, (24, 20, 20), mrope_interleaved=True, qk_norm_epsilon=1e-6)
+SMOLVLM_256M = AttentionParameters(9, 3, 64)
+PHI_3 = AttentionParameters(32, 32, 96)
+GEMMA = AttentionParameters(8, 1, 256)
+POINTERS = ("qkv", "key_cache", "value_cache", "cosine", "sine", "out", "scratch", "tickets")
+
+
+def run_cases(**environment: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def test_interpreted_kernels_agree_with_float64() -> None:
+    run_cases(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_agree_with_float64() -> None:
+    run_cases()
+
+
+@pytest.mark.parametrize("parameters", [QWEN2_VL_2B, QWEN3_VL_2B, SMOLVLM_256M, PHI_3, GEMMA])
+@pytest.mark.parametrize("int8", [False, True])
+def test_splits_cover_every_context_in_whole_tiles(parameters: AttentionParameters, int8: bool) -> None:
+    for batch in (1, 3, 32, 128, 200):
+        for context in (1, 64, 256, 512, 1000, 2048, 32768, 131072):
+            tile = default_tile(parameters, batch, context, 132, int8=int8)
+            split = split_context(parameters, tile, batch, context, 132)
+            assert split.tokens % tile.tokens == 0
+            assert (split.count - 1) * split.tokens < context <= split.count * split.tokens
+            assert split.count <= 64
+
+
+def test_one_sequence_spreads_over_the_device_and_many_do_not_merge() -> None:
+    for batch, count in ((1, 32), (32, 8), (256, 1)):
+        tile = default_tile(QWEN2_VL_2B, batch, 2048, 132, int8=False)
+        assert split_context(QWEN2_VL_2B, tile, batch, 2048, 132).count == count
+
+
+def test_a_long_sequence_among_short_ones_is_split() -> None:
+    tile = default_tile(QWEN2_VL_2B, 256, 32768, 132, int8=False)
+    assert split_context(QWEN2_VL_2B, tile, 256, 32768, 132).tokens <= 2048
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"heads": 7, "kv_heads": 2, "head_dim": 64},
+        {"heads": 8, "kv_heads": 0, "head_dim": 64},
+        {"heads": 8, "kv_heads": 2, "head_dim": 72},
+        {"heads": 8, "kv_heads": 2, "head_dim": 512},
+        {"heads": 8, "kv_heads": 2, "head_dim": 64, "mrope_section": (16, 24, 24)},
+    ],
+)
+def test_sizes_that_no_kernel_computes_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"heads|mrope_section"):
+        AttentionParameters(**sizes)
+
+
+def compiled(
+    parameters: AttentionParameters, tile: AttentionTile, name: str, int8: bool, page: int, capability: int
+) -> Any:
+    """The kernel for a GPU that need not be there, with splits."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from engine.kernels.attention.decode import decode_attention
+    from engine.kernels.attention.launch import constants
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    cache, typed = (torch.int8, "*i8") if int8 else (dtype, f"*{name}")
+    types = dict.fromkeys(("qkv", "cosine", "sine", "out"), f"*{name}") | dict.fromkeys(
+        ("key_cache", "value_cache"), typed
+    )
+    types |= dict.fromkeys(("past", "block_table", "tickets"), "*i32") | {"scratch": "*fp32"}
+    types |= {"positions": "*i32"} if parameters.mrope_section else {}
+    types |= dict.fromkeys(("query_norm", "key_norm"), f"*{name}") if parameters.qk_norm_epsilon else {}
+    types |= dict.fromkeys(("key_scale", "value_scale"), "*fp32") if int8 else {}
+    types |= {"columns": "i32", "tokens": "i32"}
+    known = constants(parameters, tile, dtype, cache, page, split=True)
+    signature = {argument: types.get(argument, "constexpr") for argument in decode_attention.arg_names}
+    fixed = {(index,): known.get(key) for index, key in enumerate(signature) if key not in types}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, key in enumerate(signature) if key in POINTERS}
+    source = ASTSource(decode_attention, signature, fixed, aligned)
+    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(kernel: Any, folder: Path) -> dict[str, int]:
+    import triton
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.kernel)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "batch", "page", "int8", "name", "capability"),
+    [
+        (QWEN2_VL_2B, 1, 256, False, "fp16", 90),
+        (QWEN2_VL_2B, 32, 256, False, "bf16", 90),
+        (QWEN2_VL_2B, 32, 256, True, "fp16", 90),
+        (QWEN3_VL_2B, 32, 256, True, "bf16", 90),
+        (QWEN3_VL_2B, 32, 256, False, "fp16", 80),
+        (SMOLVLM_256M, 1, 256, True, "fp16", 80),
+        (GEMMA, 1, 64, False, "bf16", 80),
+    ],
+)
+def test_default_tiles_compile_and_leave_room(
+    parameters: AttentionParameters, batch: int, page: int, int8: bool, name: str, capability: int, tmp_path: Path
+) -> None:
+    tile = default_tile(parameters, batch, 2048, 132, int8=int8)
+    kernel = compiled(parameters, tile, name, int8, page, capability)
+    used = usage(kernel, tmp_path)
+    assert kernel.metadata.shared <= 40 * 1024  # four on a multiprocessor
+    assert used["LOCAL"] == 0
+    assert used["STACK"] <= 64, "registers were spilled"
+    assert tile.registers is None or used["REG"] <= tile.registers
+    ptx = kernel.asm["ptx"]
+    assert "atom.global.gpu.acq_rel.add" in ptx or "atom.acq_rel.gpu.global.add" in ptx
+    assert "mma.sync" in ptx
+    assert len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)) >= 8, "keys and values are read 16 bytes at a time"

@@ -93,18 +93,19 @@ class Tiles:
 
 
 def default_gemv(wanted: Product) -> GemvTile:
-    """One warp a program, without any barrier, where a few steps of it cover the depth; else four share each output.
+    """One warp a program, which waits for no other, where a few steps of it cover the depth; else four a program.
 
-    A row takes as many registers as the weights it meets: more rows, fewer steps at once.
+    Each row takes as many registers as the weights it meets, so with more rows fewer weights are on their way at once:
+    in wide products of many outputs, which share a row; in narrow ones, of few programs, further along the depth.
     """
-    parts = 2 if wanted.gate else 1
-    narrow = wanted.width < 32 * MULTIPROCESSORS  # wider, and there are programs enough for each to share its rows more
-    outputs = (8 if wanted.rows > 2 and not narrow else 4) // parts
+    narrow = wanted.width < 32 * MULTIPROCESSORS
+    lines, unroll = (4, 3) if wanted.rows <= 2 else (2, 3) if narrow else (8, 1)
+    warps, depth = 1, min(WARP, _power_of_2(wanted.k, least=LANE))
     if wanted.k > 8 * WARP:
-        return GemvTile(outputs, 4 * WARP, unroll=1 if wanted.rows > 2 else 2, warps=4)
-    depth = min(WARP, _power_of_2(wanted.k, least=LANE))
-    unroll = 3 if wanted.rows == 1 else 2 if wanted.rows == 2 or narrow else 1
-    return GemvTile(outputs, depth, min(unroll, _cdiv(wanted.k, depth)), warps=1)
+        lines, unroll, warps, depth = 4, 2, 4, 4 * WARP
+    steps = _cdiv(wanted.k, depth)
+    unroll = next((count for count in range(unroll, 1, -1) if steps % count == 0), min(unroll, steps))
+    return GemvTile(lines // 2 if wanted.gate else lines, depth, unroll, warps)
 
 
 def default_gemm(wanted: Product) -> GemmTile:
@@ -138,11 +139,10 @@ def candidates(wanted: Product, shared_bytes: int = SHARED_BYTES) -> Iterator[Ti
 
 
 def _gemv_candidates(wanted: Product) -> Iterator[GemvTile]:
-    parts = 2 if wanted.gate else 1
     for warps, outputs, unroll in product((1, 2, 4), (1, 2, 4, 8), (1, 2, 3, 4)):
-        depth, loads = warps * WARP, outputs * parts * unroll
-        in_registers = loads * wanted.rows <= 48 and wanted.rows * outputs * parts <= 32
-        if unroll <= _cdiv(wanted.k, depth) and depth < 2 * wanted.k and 4 <= loads <= 24 and in_registers:
+        depth, lines = warps * WARP, outputs * (2 if wanted.gate else 1)
+        in_registers = wanted.rows * lines * unroll <= (24 if wanted.rows == 1 else 32)
+        if unroll <= _cdiv(wanted.k, depth) and depth < 2 * wanted.k and lines * unroll >= 4 and in_registers:
             yield GemvTile(outputs, depth, unroll, warps)
 
 

@@ -81,7 +81,12 @@ def assert_fits(kernel: Any, capability: int, folder: Path) -> None:
 @pytest.mark.parametrize(("dtype", "capability"), CHIPS)
 @pytest.mark.parametrize(
     ("rows", "n", "k", "norm", "activation"),
-    [(1, 17920, 1536, "rms", "silu_gate"), (4, 17920, 1536, "rms", "silu_gate"), (4, 1536, 8960, "none", "none")],
+    [
+        (1, 17920, 1536, "rms", "silu_gate"),
+        (4, 17920, 1536, "rms", "silu_gate"),
+        (4, 2048, 1536, "rms", "none"),
+        (2, 1536, 8960, "none", "none"),
+    ],
 )
 def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
     rows: int, n: int, k: int, norm: str, activation: str, dtype: str, capability: int, tmp_path: Path
@@ -95,9 +100,12 @@ def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
     constants |= {"OUTPUTS": tile.outputs, "DEPTH": tile.depth, "UNROLL": tile.unroll}
     kernel = compiled(gemv, pointers, constants, capability, num_warps=tile.warps)
     assert_fits(kernel, capability, tmp_path)
-    body = kernel.asm["ptx"].split("shfl.sync")[0]  # after the loop come the threads' exchange and single columns
-    loads = re.findall(r"ld\.global[\w.:]*", body)
-    assert loads, "weights and rows are read"
+    weights, rest = kernel.asm["ptx"].split("bar.sync", maxsplit=1)
+    early = re.findall(r"ld\.global[\w.:]*", weights)
+    loads = early + re.findall(r"ld\.global[\w.:]*", rest.split("shfl.sync")[0])  # until the threads exchange sums
+    lines = tile.outputs * (2 if activation == "silu_gate" else 1)
+    assert len(early) == tile.unroll * (lines + (2 if norm != "none" else 0)), "all weights are asked for at first"
+    assert len(loads) == len(early) + tile.unroll * rows * 2
     assert all(load.endswith("v4.b32") for load in loads), "16 bytes at a time"
 
 

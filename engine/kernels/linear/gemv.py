@@ -5,8 +5,8 @@ multiprocessor of an H100 gets some 13 weights a cycle from memory and issues 12
 is the limit, with 8 it no longer is.
 
 Every tensor of the loop is a vector along K of which a thread holds LANE neighbours, weights and rows alike: nothing
-moves between threads before the end, so no barrier holds back the loads of the next step. Sums run in an order that K
-and the tile fix: the LANE values of a thread, the steps along K, then across threads. No row depends on its neighbours.
+moves between threads before the end. Sums run in an order that K and the tile fix: the LANE values of a thread, the
+steps along K, then across threads. No row depends on its neighbours.
 """
 
 # mypy: disallow-untyped-decorators=False
@@ -24,10 +24,9 @@ _NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _read(vector: tl.tensor, k: tl.tensor, K: tl.constexpr, DEPTH: tl.constexpr) -> tl.tensor:
-    """vector[k] in float32, 0 past K. Without a mask where none is needed: the compiler then loads earlier."""
-    value = tl.load(vector + k) if K % DEPTH == 0 else tl.load(vector + k, mask=k < K, other=0)
-    return value.to(tl.float32)
+def _read(vector: tl.tensor, k: tl.tensor, K: tl.constexpr, SPAN: tl.constexpr) -> tl.tensor:
+    """vector[k], 0 past K, for a k that goes by steps of SPAN."""
+    return tl.load(vector + k) if K % SPAN == 0 else tl.load(vector + k, mask=k < K, other=0)
 
 
 @triton.jit
@@ -47,12 +46,12 @@ def _moments(row: tl.tensor, K: tl.constexpr, DEPTH: tl.constexpr, EPSILON: tl.c
     """Mean and 1 / sqrt(variance + EPSILON) of row [K], in two passes: a large mean costs no digits."""
     total = tl.zeros([DEPTH], tl.float32)
     for start in range(0, K, DEPTH):
-        total += _read(row, start + tl.arange(0, DEPTH), K, DEPTH)
+        total += _read(row, start + tl.arange(0, DEPTH), K, DEPTH).to(tl.float32)
     mean = tl.sum(total, 0) / K
     squares = tl.zeros([DEPTH], tl.float32)
     for start in range(0, K, DEPTH):
         k = start + tl.arange(0, DEPTH)
-        difference = tl.where(k < K, _read(row, k, K, DEPTH) - mean, 0.0)
+        difference = tl.where(k < K, _read(row, k, K, DEPTH).to(tl.float32) - mean, 0.0)
         squares += difference * difference
     return mean, _inverse_root(tl.sum(squares, 0) / K + EPSILON)
 
@@ -89,6 +88,64 @@ def _finished(
     return value
 
 
+@triton.jit
+def _ask(
+    lines: tl.tuple,
+    norm_weight: tl.tensor,
+    start: tl.tensor,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tuple:
+    """Loads of UNROLL steps from start on: of each step the weights of all lines, and of each step the norm's."""
+    weights, gains = tl.tuple(()), tl.tuple(())
+    for step in tl.static_range(UNROLL):
+        k = start + step * DEPTH + tl.arange(0, DEPTH)
+        for line in tl.static_range(len(lines)):
+            weights += (_read(lines[line], k, K, DEPTH * UNROLL),)
+        if norm_weight is not None:
+            gains += (_read(norm_weight, k, K, DEPTH * UNROLL),)
+    return weights, gains
+
+
+@triton.jit
+def _add(
+    row: tl.tensor,
+    moments: tl.tuple,
+    square: tl.tensor,
+    totals: tl.tuple,
+    weights: tl.tuple,
+    gains: tl.tuple,
+    norm_bias: tl.tensor,
+    start: tl.tensor,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tuple:
+    """(sum of squares, totals by line) of a row after UNROLL steps from start on."""
+    values = tl.tuple(())
+    for step in tl.static_range(UNROLL):
+        values += (_read(row, start + step * DEPTH + tl.arange(0, DEPTH), K, DEPTH * UNROLL),)
+    for step in tl.static_range(UNROLL):
+        value = values[step].to(tl.float32)
+        if NORM == "rms":
+            square += _fold(value * value, DEPTH)
+        if NORM == "layer":
+            value = (value - moments[0]) * moments[1]
+        if len(gains) > 0:
+            value *= gains[step].to(tl.float32)
+        if norm_bias is not None:
+            k = start + step * DEPTH + tl.arange(0, DEPTH)
+            value += _read(norm_bias, k, K, DEPTH * UNROLL).to(tl.float32)
+        sums = tl.tuple(())
+        for line in tl.static_range(len(totals)):
+            products = weights[step * len(totals) + line].to(tl.float32) * value
+            sums += (totals[line] + _fold(products, DEPTH),)
+        totals = sums
+    return square, totals
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gemv(
     x: tl.tensor,
@@ -117,56 +174,41 @@ def gemv(
     """
     GATE: tl.constexpr = ACTIVATION == "silu_gate"
     WIDTH: tl.constexpr = N // 2 if GATE else N
-    PARTS: tl.constexpr = 2 if GATE else 1
-    first = tl.program_id(0) * OUTPUTS
-    totals, squares = tl.tuple(()), tl.tuple(())
-    places, means, factors = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    LINES: tl.constexpr = 2 * OUTPUTS if GATE else OUTPUTS  # rows of the weight
+    LENGTH: tl.constexpr = DEPTH // LANE
+    columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    lines, places, moments, squares, totals = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for line in tl.static_range(LINES):
+        column = tl.minimum(tl.program_id(0) * OUTPUTS + line % OUTPUTS, WIDTH - 1)
+        lines += (weight + (column + line // OUTPUTS * WIDTH).to(tl.int64) * K,)
     for row in tl.static_range(ROWS):
-        place = x + tl.minimum(row, rows - 1).to(tl.int64) * K
-        mean, factor = 0.0, 1.0
-        if NORM == "layer":
-            mean, factor = _moments(place, K, DEPTH, EPSILON)
-        places += (place,)
-        means += (mean,)
-        factors += (factor,)
-        squares += (tl.zeros([DEPTH // LANE], tl.float32),)
-        for _ in tl.static_range(PARTS * OUTPUTS):
-            totals += (tl.zeros([DEPTH // LANE], tl.float32),)
-    for start in tl.range(0, K, DEPTH, loop_unroll_factor=UNROLL):
-        k = start + tl.arange(0, DEPTH)
-        weights = tl.tuple(())
-        for part in tl.static_range(PARTS):
-            for index in tl.static_range(OUTPUTS):
-                output = tl.minimum(first + index, WIDTH - 1).to(tl.int64) + part * WIDTH
-                weights += (_read(weight + output * K, k, K, DEPTH),)
-        new_totals, new_squares = tl.tuple(()), tl.tuple(())
+        places += (x + tl.minimum(row, rows - 1).to(tl.int64) * K,)
+        moments += _moments(places[row], K, DEPTH, EPSILON) if NORM == "layer" else (0.0, 1.0)
+        squares += (tl.zeros([LENGTH], tl.float32),)
+        for _ in tl.static_range(LINES):
+            totals += (tl.zeros([LENGTH], tl.float32),)
+    for start in range(0, K, DEPTH * UNROLL):
+        weights, gains = _ask(lines, norm_weight, start, K, DEPTH, UNROLL)
+        # To save registers the compiler moves loads down to where they are used, but not over a barrier: all weights
+        # are on their way before the rows are, which come from the cache, and the first sum waits for both.
+        tl.debug_barrier()
+        new_squares, new_totals = tl.tuple(()), tl.tuple(())
         for row in tl.static_range(ROWS):
-            value = _read(places[row], k, K, DEPTH)
-            square = squares[row]
-            if NORM == "rms":
-                square += _fold(value * value, DEPTH)
-            if NORM == "layer":
-                value = (value - means[row]) * factors[row]
-            if norm_weight is not None:
-                value *= _read(norm_weight, k, K, DEPTH)
-            if norm_bias is not None:
-                value += _read(norm_bias, k, K, DEPTH)
+            square, sums = _add(
+                places[row], moments[2 * row : 2 * row + 2], squares[row], totals[row * LINES : (row + 1) * LINES],
+                weights, gains, norm_bias, start, K, NORM, DEPTH, UNROLL,
+            )  # fmt: skip
             new_squares += (square,)
-            for index in tl.static_range(PARTS * OUTPUTS):
-                total = totals[row * PARTS * OUTPUTS + index]
-                new_totals += (total + _fold(weights[index] * value, DEPTH),)
-        totals, squares = new_totals, new_squares
-    columns = first + tl.arange(0, OUTPUTS)
+            new_totals += sums
+        squares, totals = new_squares, new_totals
     for row in tl.static_range(ROWS):
-        mine = totals[row * PARTS * OUTPUTS : (row + 1) * PARTS * OUTPUTS]
-        factor = 1.0
-        if NORM == "rms":
-            factor = _inverse_root(tl.sum(squares[row], 0) / K + EPSILON)
-        value = _finished(mine[:OUTPUTS], factor, scale, bias, columns, OUTPUTS, DEPTH // LANE, WIDTH)
+        factor = _inverse_root(tl.sum(squares[row], 0) / K + EPSILON) if NORM == "rms" else 1.0
+        mine = totals[row * LINES : (row + 1) * LINES]
+        value = _finished(mine[:OUTPUTS], factor, scale, bias, columns, OUTPUTS, LENGTH, WIDTH)
         value = activate(value, ACTIVATION)
         if GATE:
             ups = None if bias is None else bias + WIDTH
-            value *= _finished(mine[OUTPUTS:], factor, scale + WIDTH, ups, columns, OUTPUTS, DEPTH // LANE, WIDTH)
+            value *= _finished(mine[OUTPUTS:], factor, scale + WIDTH, ups, columns, OUTPUTS, LENGTH, WIDTH)
         place = tl.minimum(row, rows - 1).to(tl.int64) * WIDTH + columns
         inside = (columns < WIDTH) & (row < rows)
         if residual is not None:

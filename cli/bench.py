@@ -24,6 +24,10 @@ KINDS = {
     "latency": ("cli.benches.latency", "through the plugin: answers and images seen before a restart, one at a time"),
     "ttft": ("cli.benches.ttft", "through the plugin: first token of a new image and of a known one, one at a time"),
     "decode": ("cli.benches.decode", "the engine's step while B sequences decode, against the physical limit"),
+    "kernels": (
+        "cli.benches.kernels",
+        "each fused kernel against what it replaces and its limit; decode steps with one part after the other",
+    ),
     "prefill": ("cli.benches.prefill", "the engine's time for new prompts, against the physical limit"),
     "vision": ("cli.benches.vision", "the vision tower, and image files to pixels"),
     "soak": ("cli.benches.soak", "minutes of mixed streams: no memory grows, no stream is lost"),

@@ -55,14 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> Report:
     """One row per batch size, the weights loaded once. With several devices each of them decodes so many sequences."""
-    (context,) = arguments.context
-    room = context + 2 * (arguments.steps + WARM_UP) + 64
     settings = {"prefill_chunk": arguments.prefill_chunk, "max_waiting": 1024}
     part = options.decoder_part(arguments)
     with storage_folder(arguments) as storage:
-        with open_bench(arguments, storage, part, settings, room, max(arguments.batch)) as bench:
+        with open_bench(arguments, storage, part, settings, room(arguments), max(arguments.batch)) as bench:
             rates = limits.measure_rates(bench.device, bench.model.artifact.precision)
-            rows = [attempt(f"B={b}", partial(_measure, arguments, bench, rates, b)) for b in arguments.batch]
+            rows = [attempt(f"B={b}", partial(measure_batch, arguments, bench, rates, b)) for b in arguments.batch]
             report = Report(rows, bench.card() | rates.card())
             folder = bench.model.folder
         if arguments.rival:  # after the engine has given its memory back
@@ -72,7 +70,14 @@ def measure(arguments: argparse.Namespace) -> Report:
     return report
 
 
-def _measure(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batch: int) -> Row:
+def room(arguments: argparse.Namespace) -> int:
+    """Tokens that a sequence may come to while its row is measured."""
+    (context,) = arguments.context
+    return int(context + 2 * (arguments.steps + WARM_UP) + 64)
+
+
+def measure_batch(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batch: int) -> Row:
+    """One row: `batch` sequences on each device. Raises BenchError and EngineError."""
     bench.steps.records.clear()
     work: list[Work] = []
     wanted = WARM_UP + arguments.steps

@@ -24,7 +24,7 @@ from engine.checkpoints import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import Cancelled, EngineError
-from engine.model import Model
+from engine.model import Model, OpenCuda
 from engine.request import Chunk, Event, Finished, Message, Request, SamplingParams, Text
 from engine.spec import DecoderSpec
 from engine.stats import StepRecord
@@ -199,9 +199,17 @@ def ensure_model(shape: str, part: Part, storage: Path) -> str:
 
 @contextlib.contextmanager
 def open_bench(
-    arguments: argparse.Namespace, storage: Path, part: Part, settings: dict[str, Any], context: int, batch: int
+    arguments: argparse.Namespace,
+    storage: Path,
+    part: Part,
+    settings: dict[str, Any],
+    context: int,
+    batch: int,
+    open_cuda: OpenCuda | None = None,
 ) -> Iterator[Bench]:
     """An engine with the shape loaded, caches off, and room for `batch` sequences of `context` tokens.
+
+    `open_cuda` opens its replicas on GPUs, if not the engine's own function of that name.
 
     Raises EngineError.
     """
@@ -211,7 +219,7 @@ def open_bench(
     values |= {**settings_from(arguments), "storage": storage, "cache_enabled": False}
     steps = StepLog()
     config = EngineConfig.from_mapping(values)
-    with contextlib.closing(Engine(config, on_step=steps)) as engine:
+    with contextlib.closing(Engine(config, on_step=steps, open_cuda=open_cuda)) as engine:
         yield Bench(engine, engine.load(name), steps, Prompts(engine, name, arguments.seed))
 
 

@@ -112,7 +112,7 @@ def measure_rates(device: str, precision: Precision) -> Rates:
 def _cuda_rates(device: str, precision: Precision) -> Rates:
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}.get(precision, torch.float16)
     side, size = _MATMUL_SIDE["cuda"], _COPY_BYTES["cuda"]
     with torch.cuda.device(torch.device(device)):
         copy_s = _cuda_best(_cuda_copy(size))
@@ -131,6 +131,10 @@ def _cuda_copy(size: int) -> Callable[[], object]:
 def _cuda_matmul(side: int, dtype: torch.dtype) -> Callable[[], object]:
     import torch
 
+    if dtype == torch.int8:  # tensor cores take both operands along their depth
+        rows, weight = (torch.randint(-127, 128, (side, side), dtype=dtype, device="cuda") for _ in range(2))
+        sums = torch.empty(side, side, dtype=torch.int32, device="cuda")
+        return lambda: torch._int_mm(rows, weight.T, out=sums)
     left, right, product = (torch.randn(side, side, dtype=dtype, device="cuda") for _ in range(3))
     return lambda: torch.mm(left, right, out=product)
 

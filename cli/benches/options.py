@@ -11,17 +11,22 @@ from cli.settings import add_engine_settings
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """For benches that drive an engine in this process, with a shape's random weights."""
-    parser.add_argument("--shape", default=BUNDLED, help=f"{', '.join(shape_names())} (default: {BUNDLED})")
+    add_shape(parser)
     add_engine_settings(parser)
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Whose settings are added apart."""
+    parser.add_argument("--shape", default=BUNDLED, help=f"{', '.join(shape_names())} (default: {BUNDLED})")
     parser.add_argument("--storage", type=Path, help="keep the shape's weights in this folder for the next call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
-def add_steps(parser: argparse.ArgumentParser) -> None:
+def add_steps(parser: argparse.ArgumentParser, batch: str = "1,8,32") -> None:
     """For benches of the decoder."""
     parser.add_argument(
-        "--batch", type=integers, default="1,8,32", help="sequences at once, comma-separated (default: 1,8,32)"
+        "--batch", type=integers, default=batch, help=f"sequences at once, comma-separated (default: {batch})"
     )
     parser.add_argument(
         "--context", type=integers, default="1024", help="tokens (default: 1024; prefill: comma-separated)"

@@ -10,10 +10,11 @@ import torch
 
 from engine.errors import KernelsUnavailable
 from engine.kernels.attention import AttentionParameters, PagedDecodeAttention
-from engine.kernels.bridge import Call, Compute, Input, Operator, Tensor
+from engine.kernels.bridge import Call, Compute, Input, Operator
 from engine.kernels.embedding import token_embedding
 from engine.kernels.linear import Int8Linear, LinearParameters
 from engine.kernels.linear.layer import Activation, Path
+from engine.kernels.pointer import Tensor
 from engine.kernels.tiles import Tiles
 from engine.kernels.workspace import Workspace
 from engine.spec import DecoderSpec
@@ -124,9 +125,12 @@ def _attention(device: Device, cache: torch.dtype) -> Operator:
 
         def compute(call: Call) -> None:
             qkv, key_cache, value_cache, past, blocks, cosine, sine = (_given(call, index) for index in range(7))
-            optional = [call.input(index) for index in range(7, 12)]
+            positions, query_norm, key_norm, key_scale, value_scale = (call.input(index) for index in range(7, 12))
             out = call.output(0, (qkv.shape[0], width))
-            attention(qkv, key_cache, value_cache, past, blocks, cosine, sine, *optional, out)
+            attention(
+                *(qkv, key_cache, value_cache, past, blocks, cosine, sine),
+                *(positions, query_norm, key_norm, key_scale, value_scale, out),
+            )
 
         return compute
 

@@ -86,7 +86,7 @@ def _paged_decode(
         query, key = (_turned(*part, positions, cosine, sine, asked) for part in parts)
         norms = (None, None)
     quantised = "NONE" if key_scale is None else "PER_CHANNEL"
-    output, _, _ = _paged_attention(
+    output = _paged_attention(
         *(query, key, value, key_cache, value_cache),
         torch.arange(len(qkv) + 1, dtype=torch.int32),
         *(past, block_table),
@@ -98,7 +98,8 @@ def _paged_decode(
         qk_norm_epsilon=asked["qk_norm_epsilon"] or 0.0,
         k_quant_type=quantised,
         v_quant_type=quantised,
-    )
+    )[0]
+    assert isinstance(output, Tensor)
     return output
 
 
@@ -123,4 +124,5 @@ def _turned(
         mrope_layout=int(bool(asked["mrope_interleaved"])),
         num_heads=heads,
     )
+    assert isinstance(turned, Tensor)
     return turned[0]

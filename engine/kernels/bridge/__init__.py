@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from engine.kernels.bridge.domain import register
 from engine.kernels.bridge.failures import operator_errors
-from engine.kernels.bridge.operator import Call, Compute, Input, Operator, Tensor
+from engine.kernels.bridge.operator import Call, Compute, Input, Operator
 from engine.kernels.bridge.shim import unavailable
 from engine.kernels.bridge.tensors import DeviceTensor
 
@@ -19,7 +19,6 @@ __all__ = [
     "DeviceTensor",
     "Input",
     "Operator",
-    "Tensor",
     "operator_errors",
     "register",
     "unavailable",

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 
 from engine.kernels.bridge.c_api import OrtApi
-from engine.kernels.bridge.operator import Compute, Operator, Tensor
+from engine.kernels.bridge.operator import Compute, Operator
 from engine.kernels.bridge.tensors import DeviceTensor, host_tensor
+from engine.kernels.pointer import Tensor
 
 _MAX_RANK = 16
 

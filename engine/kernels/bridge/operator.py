@@ -9,26 +9,14 @@ from typing import Any, Protocol
 import torch
 
 from engine.kernels.bridge.tensors import ELEMENT_TYPES
-
-
-class Tensor(Protocol):
-    """Contiguous memory of ONNX Runtime, valid until the computation that got it returns.
-
-    A torch tensor where the memory is the host's, else a `DeviceTensor`; kernels can be launched on both. Not to be
-    kept: the next execution may get the same object for other memory's contents.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def data_ptr(self) -> int: ...
+from engine.kernels.pointer import Tensor
 
 
 class Call(Protocol):
-    """One execution of a node."""
+    """One execution of a node. Its tensors are ONNX Runtime's memory, valid until the computation returns.
+
+    A torch tensor where the memory is the host's, else a `DeviceTensor`; kernels can be launched on both.
+    """
 
     def input(self, index: int) -> Tensor | None:
         """None for an optional input that the node leaves out."""

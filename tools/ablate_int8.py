@@ -64,9 +64,8 @@ class Model:
         for name, module in linears.items():
             module.forward = self._forward(name, module)  # type: ignore[method-assign]
         embedding: Any = self._model.get_input_embeddings()
-        table = embedding.weight.data
-        small = _dequantised(table)
-        embedding.forward = lambda ids: (small if self.weights == "int8" else table)[ids]
+        self._tables = {"exact": embedding.weight.data, "int8": _dequantised(embedding.weight.data)}
+        embedding.forward = lambda ids: self._tables.get(self.weights, self._tables["exact"])[ids]
 
     def _forward(self, name: str, module: torch.nn.Linear) -> Any:
         def forward(x: torch.Tensor) -> torch.Tensor:

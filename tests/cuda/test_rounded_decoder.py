@@ -23,6 +23,7 @@ from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.encoder import CudaEncoder
 from engine.runtime.cuda.step import PackedStep
 from engine.runtime.cuda.weights import DeviceWeights
+from engine.spec import FloatType
 from tests.cuda.reference import ReferenceSession
 from tests.runtime import models
 
@@ -87,7 +88,8 @@ def test_every_linear_layer_of_the_artifact_has_its_place_and_no_other(artifact:
     assert set(linear_names(artifact.spec.decoder)) == matrices
 
 
-def test_a_layer_whose_input_has_an_outlier_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["float16", "bfloat16"])
+def test_a_layer_whose_input_has_an_outlier_is_found(activations: FloatType, tmp_path: Path) -> None:
     """The same function, with a channel that is large between a norm and the product that reads it."""
     model = models.randomise(models.qwen2(tie_word_embeddings=True))
     layer = model.get_submodule("model.layers.1")
@@ -97,10 +99,10 @@ def test_a_layer_whose_input_has_an_outlier_is_found(tmp_path: Path) -> None:
             layer.get_parameter(f"self_attn.{name}.weight")[:, 5] /= OUTLIER
     artifact = converted(model, tmp_path)
     names = linear_names(artifact.spec.decoder)
-    rounding = Rounding(artifact, "float16", partial(open_session, artifact), step(), CPU, names)
+    rounding = Rounding(artifact, activations, partial(open_session, artifact), step(), CPU, names)
     without = rounding.divergence(frozenset(names) - {"layers.1.qkv"})
     assert rounding.divergence(frozenset({"layers.1.qkv"})) > 5 * without
-    found = measured_float_inputs(artifact, "float16", partial(open_session, artifact), step(), CPU, 1.5 * without)
+    found = measured_float_inputs(artifact, activations, partial(open_session, artifact), step(), CPU, 1.5 * without)
     assert found == {"layers.1.qkv"}
 
 

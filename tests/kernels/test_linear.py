@@ -165,3 +165,15 @@ def test_measured_tiles_are_taken_and_others_are_the_default() -> None:
     assert tiles.gemm("int8", 9, 2048, 1536, gate=False) == measured
     assert tiles.gemm("int8", 17, 2048, 1536, gate=False) == default_gemm(Product("int8", 32, 2048, 1536, False))
     assert tiles.gemv(1, 8, 8, gate=False) == default_gemv(Product("gemv", 1, 8, 8, False)), "of the wrong kernel"
+
+
+@pytest.mark.parametrize("path", ["auto", "int8", "float"])
+@pytest.mark.parametrize(("n", "k", "gate"), SHAPES)
+def test_the_workspace_of_many_rows_is_enough_for_fewer(
+    path: Literal["auto", "int8", "float"], n: int, k: int, gate: bool
+) -> None:
+    from engine.kernels.linear.layer import Int8Linear, LinearParameters
+
+    parameters = LinearParameters(norm="rms", activation="silu_gate" if gate else "none", path=path)
+    needed = [Int8Linear.workspace_bytes(parameters, Tiles(), rows, n, k) for rows in (1, 3, 8, 64, 100, 500, 9000)]
+    assert needed == sorted(needed)

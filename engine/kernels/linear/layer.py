@@ -59,8 +59,7 @@ class Int8Linear:
     """Launches a layer's kernels on the current stream of the current device; nothing waits for them.
 
     A row's result does not depend on its neighbours, and on their number only as far as that chooses the kernel and its
-    tile.
-    All tensors are row-major, without gaps.
+    tile. All tensors are row-major, without gaps. For one device: kernels found for one are launched again.
     """
 
     def __init__(self, parameters: LinearParameters, workspace: Workspace, tiles: Tiles) -> None:

@@ -41,7 +41,7 @@ is_chosen() { # NAME GPUS: named, or nothing is and there are GPUs enough
 }
 
 say() { # NAME TEXT
-    printf '%-24s %s\n' "$1" "$2"
+    printf '%-28s %s\n' "$1" "$2"
 }
 
 record() { # NAME SECONDS, of `command`
@@ -93,6 +93,7 @@ run_tests() { # those that need a GPU; their last line is no JSON, so one is mad
 
 run_all() {
     local fp16=(--precision fp16) qwen=qwen2-vl-2b place=(--device cuda --storage "$storage")
+    local fused=(--precision int8 --kernel-fusion on)
 
     decode decode-plain 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --profile
     decode decode-mixed 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --sampling mixed
@@ -105,13 +106,25 @@ run_all() {
     decode decode-smolvlm-2.2b 180 smolvlm-2.2b "${fp16[@]}" --batch 1,32 --steps 32
     measure decode-qwen2.5-vl-7b 1 400 decode --shape qwen2.5-vl-7b --device cuda "${fp16[@]}" --context 1024 \
         --batch 1,32 --steps 32 # 30 GB on disk, for as long as it runs
+    decode decode-fused-int8 240 $qwen "${fused[@]}" --batch 1,8,32,64,128 --profile
+    decode decode-fused-int8-mixed 240 $qwen "${fused[@]}" --batch 1,8,32,128 --sampling mixed
+    decode decode-fused-int8-kv 240 $qwen "${fused[@]}" --kv-precision int8 --batch 1,8,32,64,128
+    decode decode-fused-fp16 240 $qwen "${fp16[@]}" --kernel-fusion on --batch 1,8,32,64,128
+    decode decode-fused-smolvlm-256m 180 smolvlm-256m "${fused[@]}" --batch 1,32
+    decode decode-fused-qwen3-vl-2b 180 qwen3-vl-2b "${fused[@]}" --batch 1,32
+    decode decode-fused-qwen3-vl-2b-kv 180 qwen3-vl-2b "${fused[@]}" --kv-precision int8 --batch 1,32
+    measure kernels 1 300 kernels --shape $qwen "${place[@]}" --only kernels
+    measure step-ladder 1 590 kernels --shape $qwen "${place[@]}" --only ladder
     measure prefill 1 240 prefill --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,8 --context 512,1024,2048
+    measure prefill-int8-fused 1 240 prefill --shape $qwen "${place[@]}" "${fused[@]}" --batch 1,8 \
+        --context 512,1024,2048 # against `prefill`
     measure vision 1 240 vision --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,4,8,16 --image-size 640x480
     measure vision-smolvlm-256m 1 180 vision --shape smolvlm-256m "${place[@]}" "${fp16[@]}" --batch 1,4
     decode rival 400 $qwen "${fp16[@]}" --batch 1,32 --steps 32 --rival transformers
     measure ttft 1 240 ttft --shape $qwen "${place[@]}" "${fp16[@]}"
     measure serve 1 300 serve --shape $qwen "${place[@]}" "${fp16[@]}" --image-size 640x480 --prompt-tokens 128 \
         --output-tokens 128 --concurrency 64 --requests 960 --trace
+    measure ladder-cuda 1 590 ladder --shape $qwen "${place[@]}" --requests 200
     run_tests
     measure soak 1 590 soak --shape $qwen "${place[@]}" "${fp16[@]}" --minutes 8 --concurrency 64
 

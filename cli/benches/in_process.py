@@ -172,6 +172,7 @@ class Bench:
             "family": artifact.spec.family,
             "device": ", ".join(self.devices),
             "precision": artifact.precision,
+            "numerics": self.model.numerics.partition(" ")[2],  # without the weights' digest; names operators of ours
             "weight_bytes": artifact.weight_bytes,
             "memory": replica_memory(self.engine.status(), self.model.name),
             "host_rss_mib": resident_mib(),

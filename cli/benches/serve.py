@@ -76,7 +76,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         raise BenchError("--trace traces kernels of a CUDA device; there is none")
     settings = {"precision": "auto", **settings_from(arguments), "cache_enabled": str(arguments.cache).lower()}
     places = [{"device": arguments.against}, {}] if arguments.against else [{}]
-    with _load(arguments) as load:
+    most = max(arguments.concurrency)
+    with open_load(arguments, most, arguments.requests or 480, arguments.repeats, traced=arguments.trace) as load:
         rows = [
             {"row": _name(concurrency, settings | place), **measure_row(load, settings | place, concurrency)}
             for place in places
@@ -109,17 +110,19 @@ def memory_of(settings: Mapping[str, str], model: str) -> list[Entry]:
 
 
 @contextlib.contextmanager
-def _load(arguments: argparse.Namespace) -> Iterator[Load]:
-    most = 2 * max(arguments.concurrency)
-    requests = shaped_traffic(arguments, arguments.requests or 480, arguments.repeats)
-    warm_up = shaped_traffic(arguments, most, seed=-1)
-    traced = shaped_traffic(arguments, TRACED * max(arguments.concurrency), seed=-2) if arguments.trace else []
+def open_load(
+    arguments: argparse.Namespace, concurrency: int, count: int, repeats: float, *, traced: bool = False
+) -> Iterator[Load]:
+    """`count` requests for rows of up to so many concurrent ones, and the weights of the shape, if it is one."""
+    requests = shaped_traffic(arguments, count, repeats)
+    warm_up = shaped_traffic(arguments, 2 * concurrency, seed=-1)
+    more = shaped_traffic(arguments, TRACED * concurrency, seed=-2) if traced else []
     if arguments.shape is None:
-        yield Load(arguments.model, requests, warm_up, arguments.output_tokens, None, traced)
+        yield Load(arguments.model, requests, warm_up, arguments.output_tokens, None, more)
         return
     with storage_folder(arguments) as storage:
         model = ensure_model(arguments.shape, "whole", storage)
-        yield Load(model, requests, warm_up, arguments.output_tokens, storage, traced)
+        yield Load(model, requests, warm_up, arguments.output_tokens, storage, more)
 
 
 def shaped_traffic(

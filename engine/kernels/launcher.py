@@ -13,10 +13,10 @@ ALIGNED = 16  # bytes; where all pointers are, one compiled kernel serves every 
 class Launcher:
     """Launches one Triton kernel whose parameters are pointers, then integers, then constants.
 
-    The first launch of a kind (constants, options and types alike) goes through Triton, which compiles. It looks at
-    every argument of every launch, some 20 us; so later ones go to the kernel that it found, with addresses alone. A
-    call with a pointer that is not aligned is Triton's again. Integers must be `do_not_specialize` parameters.
-    For one device: the current one, as of the first launch.
+    The first launch with these constants and options goes through Triton, which compiles. It looks at every argument of
+    every launch, some 20 us; so later ones go to the kernel that it found, with addresses alone. A call with a pointer
+    that is not aligned is Triton's again. Integers must be `do_not_specialize` parameters. The pointers' types, and
+    which are None, are the same in all launches of a Launcher, as is the device, the current one of the first.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -33,12 +33,14 @@ class Launcher:
     ) -> None:
         """options: num_warps, num_stages and the like. Whatever the arguments, the launch is on the current stream."""
         addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
-        if any(address is not None and address % ALIGNED for address in addresses):
-            self._kernel[grid](*pointers, *integers, *constants, **dict(options))
-            return
-        key = (constants, options, *(None if pointer is None else pointer.dtype for pointer in pointers))
-        compiled = self._compiled.get(key)
-        if compiled is None:  # also what Triton's interpreter returns each time
-            self._compiled[key] = self._kernel[grid](*pointers, *integers, *constants, **dict(options))
-        else:
+        aligned, key = True, (constants, options)
+        for address in addresses:
+            if address is not None and address % ALIGNED:
+                aligned = False
+        compiled = self._compiled.get(key) if aligned else None
+        if compiled is not None:
             compiled[grid](*addresses, *integers, *constants)
+            return
+        compiled = self._kernel[grid](*pointers, *integers, *constants, **dict(options))
+        if aligned:
+            self._compiled[key] = compiled  # None from Triton's interpreter

@@ -13,10 +13,10 @@ ALIGNED = 16  # bytes; where all pointers are, one compiled kernel serves every 
 class Launcher:
     """Launches one Triton kernel whose parameters are pointers, then integers, then constants.
 
-    The first launch with these constants and options goes through Triton, which compiles. It looks at every argument of
-    every launch, some 20 us; so later ones go to the kernel that it found, with addresses alone. A call with a pointer
-    that is not aligned is Triton's again. Integers must be `do_not_specialize` parameters. The pointers' types, and
-    which are None, are the same in all launches of a Launcher, as is the device, the current one of the first.
+    The first launch of a kind (constants, options and the pointers' types alike) goes through Triton, which compiles. It
+    looks at every argument of every launch, some 20 us; so later ones go to the kernel that it found, with addresses
+    alone. A call with a pointer that is not aligned is Triton's again. Integers must be `do_not_specialize` parameters.
+    For one device, the current one of the first launch.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -32,11 +32,15 @@ class Launcher:
         options: tuple[tuple[str, int], ...],
     ) -> None:
         """options: num_warps, num_stages and the like. Whatever the arguments, the launch is on the current stream."""
-        addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
-        aligned, key = True, (constants, options)
-        for address in addresses:
-            if address is not None and address % ALIGNED:
-                aligned = False
+        kind: list[Hashable] = [constants, options]
+        addresses: list[int | None] = []
+        aligned = True
+        for pointer in pointers:
+            address = None if pointer is None else pointer.data_ptr()
+            aligned = aligned and not (address and address % ALIGNED)
+            addresses.append(address)
+            kind.append(None if pointer is None else pointer.dtype)
+        key = tuple(kind)
         compiled = self._compiled.get(key) if aligned else None
         if compiled is not None:
             compiled[grid](*addresses, *integers, *constants)

@@ -60,15 +60,20 @@ def test_the_first_launch_is_tritons_and_later_ones_have_addresses_alone() -> No
 
 
 @pytest.mark.parametrize(
-    ("constants", "options"),
-    [((128, "none"), OPTIONS), ((64, "none"), (("num_warps", 8),))],
-    ids=["constant", "option"],
+    ("pointers", "constants", "options"),
+    [
+        ((Record(256, torch.bfloat16), None), (64, "none"), OPTIONS),
+        ((Record(256), Record(256)), (64, "none"), OPTIONS),
+        ((Record(256), None), (128, "none"), OPTIONS),
+        ((Record(256), None), (64, "none"), (("num_warps", 8),)),
+    ],
+    ids=["type", "optional", "constant", "option"],
 )
-def test_another_kind_is_compiled_too(constants: Any, options: Any) -> None:
+def test_another_kind_is_compiled_too(pointers: Any, constants: Any, options: Any) -> None:
     kernel = Kernel()
     launch = Launcher(kernel)
     launch((1, 1, 1), (Record(256), None), (1,), (64, "none"), OPTIONS)
-    launch((1, 1, 1), (Record(256), None), (1,), constants, options)
+    launch((1, 1, 1), pointers, (1,), constants, options)
     assert len(kernel.compiled) == 2
     assert not kernel.straight
 

@@ -13,8 +13,8 @@ ALIGNED = 16  # bytes; where all pointers are, one compiled kernel serves every 
 class Launcher:
     """Launches one Triton kernel whose parameters are pointers, then integers, then constants.
 
-    The first launch of a kind (constants, options and the pointers' types alike) goes through Triton, which compiles. It
-    looks at every argument of every launch, some 20 us; so later ones go to the kernel that it found, with addresses
+    The first launch of a kind (constants, options and the pointers' types alike) goes through Triton, which compiles.
+    It looks at every argument of every launch, some 20 us; so later ones go to the kernel that it found, with addresses
     alone. A call with a pointer that is not aligned is Triton's again. Integers must be `do_not_specialize` parameters.
     For one device, the current one of the first launch.
     """

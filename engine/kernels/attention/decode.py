@@ -7,10 +7,10 @@ filled up to 16), of some 280 that an H100 has for each byte. So bytes are the l
 the chain of loads that wait for each other: the place in the table, keys, values, the splits of others.
 
 Program (key head and tile of its query heads, split, sequence) reads `tokens` cached tokens once for up to 16 query
-heads, the next tile of them on its way while one is multiplied; the first before queries are made ready, which takes
-two loads that wait for each other. A program whose split lies behind its sequence's end leaves at once, so a captured
-grid serves every length. The program of the last split takes the new token's key and value from where they were made:
-its state begins with them, and memory that one program writes is read by none of the same launch.
+heads, the next tile of them on its way while one is multiplied; the first is asked for before queries are made ready,
+which takes two loads that wait for each other. A program whose split lies behind its sequence's end leaves at once, so
+a captured grid serves every length. The program of the last split takes the new token's key and value from where they
+were made: its state begins with them, and memory that one program writes is read by none of the same launch.
 
 Merge. Each split leaves its sums in scratch memory and takes a ticket of its sequence and head; who takes the last
 one reads all of them, in the order of splits, so that the result is the same whoever was last. A second kernel would
@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.kernels.attention.heads import to_int8, turned
+from engine.kernels.attention.heads import angles, to_int8, turned
 from engine.kernels.attention.merge import leave, merged
 from engine.kernels.attention.parameters import ROWS as _ROWS
 
@@ -141,41 +141,43 @@ def decode_attention(
     values = _read(value_cache, block, start, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
 
     channel = tl.arange(0, CHANNELS)[None, :]
-    inside = channel < HEAD_DIM
     each = tl.broadcast_to(channel, (ROWS, CHANNELS))  # read so, all that is computed lies where queries do
     count = tl.minimum(GROUP - first_row, ROWS)
     rows = tl.arange(0, ROWS)
+    inside = (rows[:, None] < count) & (channel < HEAD_DIM)
+    cos, sin = angles(cosine, sine, positions, row, tl.num_programs(2), held, inside, HEAD_DIM, SECTION, INTERLEAVED)
     packed = qkv + row.to(tl.int64) * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
-    rotary = cosine, sine, positions, row, tl.num_programs(2), held
     heads = packed + (head * GROUP + first_row + rows[:, None]) * HEAD_DIM
-    query = turned(heads, rows[:, None] < count, query_norm, rotary, HEAD_DIM, CHANNELS, SECTION, INTERLEAVED, EPSILON)
+    query = turned(heads, inside, query_norm, cos, sin, HEAD_DIM, EPSILON)
     scale = tl.full([ROWS], LOG2_E / HEAD_DIM**0.5, tl.float32)
     if key_scale is not None:  # folded into queries, which then need a range of their own in 16 bits
         key_step = tl.load(key_scale + head * HEAD_DIM + each, mask=inside, other=1.0)
         wide = query.to(tl.float32) * key_step
         largest = tl.max(tl.abs(wide), 1)
         largest = tl.where(largest > 0.0, largest, 1.0)
-        query = wide / largest[:, None]
+        query = wide * (1.0 / largest)[:, None]
         scale *= largest
     query = query.to(DOT)
 
-    owner = start + tokens > held  # the new token's place is in this split; no branch, or tiles would wait before it
-    new = packed + (GROUP * KV_HEADS + head + rows[:, None] * 0) * HEAD_DIM
-    mine = owner & inside & (rows[:, None] < ROWS)
-    key = turned(new, mine, key_norm, rotary, HEAD_DIM, CHANNELS, SECTION, INTERLEAVED, EPSILON)
-    value = tl.load(new + KV_HEADS * HEAD_DIM + channel, mask=mine, other=0.0)
-    if key_scale is not None:
-        key = to_int8(key, key_step)
-        value = to_int8(value, tl.load(value_scale + head * HEAD_DIM + each, mask=inside, other=1.0))
-    home = tl.load(table + held // PAGE, mask=owner, other=0).to(tl.int64) * PAGE + held % PAGE
-    entry = (home * KV_HEADS + head) * HEAD_DIM + channel + rows[:, None] * 0
-    once = mine & (first_row + rows[:, None] == 0)
-    tl.store(key_cache + entry, key.to(CACHE), mask=once)
-    tl.store(value_cache + entry, value.to(CACHE), mask=once)
-    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
-    peak = tl.where(owner, score, -float("inf"))
-    masses = tl.where(owner & (tl.arange(0, TILE) == 0), 1.0, 0.0)[None, :] + tl.zeros([ROWS, 1], tl.float32)
-    total = value.to(tl.float32)
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    masses = tl.zeros([ROWS, TILE], tl.float32)
+    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+    if start + tokens > held:  # the new token's place is in this split
+        new = packed + (GROUP * KV_HEADS + head + rows[:, None] * 0) * HEAD_DIM
+        key = turned(new, inside, key_norm, cos, sin, HEAD_DIM, EPSILON)
+        value = tl.load(new + KV_HEADS * HEAD_DIM + channel, mask=inside, other=0.0)
+        if key_scale is not None:
+            key = to_int8(key, key_step)
+            value = to_int8(value, tl.load(value_scale + head * HEAD_DIM + each, mask=inside, other=1.0))
+        home = tl.load(table + held // PAGE).to(tl.int64) * PAGE + held % PAGE
+        entry = (home * KV_HEADS + head) * HEAD_DIM + channel + rows[:, None] * 0
+        once = inside & (first_row + rows[:, None] == 0)
+        tl.store(key_cache + entry, key.to(CACHE), mask=once)
+        tl.store(value_cache + entry, value.to(CACHE), mask=once)
+        peak = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+        masses += tl.where(tl.arange(0, TILE) == 0, 1.0, 0.0)[None, :]
+        total = value.to(tl.float32)
+
     first, end = start, tl.minimum(start + tokens, held)
     while first < end:
         scores = tl.dot(query, tl.trans(_channels(keys, CACHE).to(DOT))) * scale[:, None]

@@ -94,7 +94,8 @@ def default_tile(
         return AttentionTile(tokens=64, merged=_merged(16384, kept))
     if int8:
         return AttentionTile(tokens=64, registers=168 if width == 128 else 128, merged=_merged(8192, kept))
-    return AttentionTile(tokens=min(64, 4096 // width), registers=128, merged=_merged(8192, kept))
+    registers = 128 if parameters.kept_rows < ROWS else 168
+    return AttentionTile(tokens=min(64, 4096 // width), registers=registers, merged=_merged(8192, kept))
 
 
 def _merged(values: int, kept: int) -> int:

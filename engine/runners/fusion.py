@@ -17,6 +17,7 @@ from engine.graphs.builder import TESSERA
 from engine.graphs.cuda.decoder import STOCK
 from engine.graphs.cuda.fused import Fusion
 from engine.runtime.cuda.buckets import Buckets
+from engine.runtime.cuda.capture import allow_beside_capture
 from engine.spec import DecoderSpec
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ Register = Callable[[Any], None]
 """Makes operators known to an onnxruntime.SessionOptions."""
 
 _FOLDER = "kernels"  # of the storage folder
+_COMPILED = "compiled"  # of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Parts:
 
     fusion: Fusion
     torch_sampling: bool = False
+    tuning: bool = True  # without, kernels take tiles that were measured before, or the default ones
 
 
 def open_fusion(
@@ -53,7 +56,8 @@ def open_fusion(
     if fusion == STOCK:
         return STOCK, None
     try:
-        return fusion, _operators(artifact.spec.decoder, config, dtype, device, step_tokens, block_size)
+        tune = fusion.linear and (parts is None or parts.tuning)
+        return fusion, _operators(artifact.spec.decoder, config, dtype, device, step_tokens, block_size, tune=tune)
     except KernelsUnavailable as error:
         if parts is not None:
             raise
@@ -69,11 +73,19 @@ def _chosen(artifact: Artifact, config: EngineConfig) -> Fusion:
 
 
 def _operators(
-    spec: DecoderSpec, config: EngineConfig, dtype: torch.dtype, device: torch.device, step_tokens: int, block_size: int
+    spec: DecoderSpec,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    step_tokens: int,
+    block_size: int,
+    *,
+    tune: bool,
 ) -> Register:
     """Raises KernelsUnavailable where there is no C compiler, no Triton, or an untested ONNX Runtime."""
     try:
-        from engine.kernels import bridge, operators
+        from engine.kernels import bridge, operators, tuning
+        from engine.kernels.compiled import keep_compiled
         from engine.kernels.tiles import Tiles
         from engine.kernels.workspace import Workspace
     except ImportError as error:
@@ -82,13 +94,23 @@ def _operators(
     if reason := bridge.unavailable(folder):
         raise KernelsUnavailable(reason)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    keep_compiled(folder / _COMPILED)
+    operators.try_out(operators.Device(dtype, Workspace(0, device), Tiles(), multiprocessors))
     decoding = [(bucket.batch, bucket.context) for bucket in Buckets(config.max_batch_size, spec.context_length)]
-    tiles = Tiles()
+    tiles = tuning.tuned_tiles(
+        spec,
+        device=device,
+        dtype=dtype,
+        folder=folder,
+        decode_rows={batch for batch, _ in decoding},
+        step_tokens=step_tokens,
+        budget=tuning.BUDGET_S if tune else 0.0,
+        enter_thread=allow_beside_capture,
+    )
     nbytes = operators.workspace_bytes(
         spec, tiles, multiprocessors, rows=step_tokens, decoding=decoding, block_size=block_size
     )
     shared = operators.Device(dtype, Workspace(nbytes, device), tiles, multiprocessors)
-    operators.try_out(shared)
     return partial(
         bridge.register,
         domain=TESSERA,

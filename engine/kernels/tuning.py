@@ -1,0 +1,270 @@
+"""Tiles for a decoder on a device: measured when it first loads there, kept on disk, and read at every later start.
+
+Two numbers, for qwen2-vl-2b. With up to 32 sequences there are 61 pairs of a product and a bucket of rows (71 with 128)
+with 2,351 candidates (2,975). 15 pairs are only compared; climbing tries at most 12 candidates of each of the other 46
+(56): 522 (642), less what is compiled for several buckets at once. At 8 a second from 8 cores on, 5 on 4, 1.5 on one
+(linear_bench.py), and 20 ms each to measure, that is about what 45 s hold on 16 cores, half of it on 4: the budget
+ends it, the least important candidates last. A start that finds everything on disk reads one file.
+
+Measuring that ends for lack of time leaves defaults, and these are kept as well: a later start would take as long, and
+the same request should get the same answer after it. What cannot be kept is not measured, for the same reason. A start
+that is killed keeps nothing but what was compiled; after two of them nothing more is measured (tile_store.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import triton
+
+from engine.kernels.linear import LinearParameters
+from engine.kernels.linear_bench import Layer, LinearBench, Setting
+from engine.kernels.search import GAIN, Bench, Choice, Task, search
+from engine.kernels.tile_store import Chip, TileStore
+from engine.kernels.tiles import GEMV_ROWS, Product, Tiles, candidates, rows_bucket
+from engine.spec import DecoderSpec
+
+BUDGET_S = 45.0
+MOST_GEMV_ROWS = 8  # where a GEMV could still win; with more its registers do not suffice
+FEWEST_ROWS = 16  # of a tile for tensor cores: with fewer rows the same tiles are as fast
+PREFILL_ROWS = (256, 512, 1024)
+MOST_THREADS = 16
+_PREFILL_WEIGHT = 1 / 8  # a step of prefill to one of decoding
+_COMPARED_WEIGHT = 1 / 4  # what is measured to be compared rather than to run
+_CLIMBING = 0.9  # of the budget; the rest is for comparing
+_BYTES_PER_S, _OPERATIONS_PER_S = 3e12, 1e15  # of an H100, for shares alone
+_SOURCES = (
+    "linear",
+    "norm.py",
+    "activation.py",
+    "launcher.py",
+    "tiles.py",
+    "tuning.py",
+    "linear_bench.py",
+    "search.py",
+)
+_log = logging.getLogger("engine.kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A linear layer of a decoder, `count` times in a step; the head has no rows but those that choose a token."""
+
+    layer: Layer
+    count: int
+    head: bool = False
+
+    def product(self, kernel: Literal["gemv", "int8"], rows: int) -> Product:
+        return Product(kernel, rows, self.layer.n, self.layer.k, self.layer.parameters.gate)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured for a decoder. `decoding` are buckets of rows of decode steps."""
+
+    parts: tuple[Part, ...]
+    decoding: frozenset[int]
+    settings: Mapping[Product, Setting]
+
+    @property
+    def compared(self) -> list[Product]:
+        """Products of fewer rows than a tile has: they take that tile, and are timed to be compared with a GEMV."""
+        return [product for product in self.settings if product.kernel == "int8" and product.rows < self.fewest]
+
+    @property
+    def fewest(self) -> int:
+        """Rows of the smallest products on tensor cores that are searched."""
+        return min(FEWEST_ROWS, max(self.decoding))
+
+    def share(self, product: Product) -> float:
+        """Of the time that matters, by what an H100 would take."""
+        calls = sum(
+            part.count for part in self.parts if part.product("int8", 0) == replace(product, kernel="int8", rows=0)
+        )
+        seconds = max(
+            product.n * product.k / _BYTES_PER_S, 2 * product.rows * product.n * product.k / _OPERATIONS_PER_S
+        )
+        weight = 1.0 if product.rows in self.decoding else _PREFILL_WEIGHT
+        doubtful = product.kernel == "gemv" and product.rows > GEMV_ROWS
+        return calls * seconds * weight * (_COMPARED_WEIGHT if doubtful else 1.0)
+
+
+def decoder_parts(spec: DecoderSpec) -> tuple[Part, ...]:
+    attended = spec.heads * spec.head_dim
+    normed, plain = LinearParameters(spec.norm_eps, "rms"), LinearParameters()
+    gated = LinearParameters(spec.norm_eps, "rms", "silu_gate")
+    qkv = Layer(attended + 2 * spec.kv_heads * spec.head_dim, spec.hidden, normed, spec.qkv_bias, residual=False)
+    out = Layer(spec.hidden, attended, plain, spec.attention_out_bias, residual=True)
+    gate_up = Layer(2 * spec.intermediate, spec.hidden, gated, spec.mlp_bias, residual=False)
+    down = Layer(spec.hidden, spec.intermediate, plain, spec.mlp_bias, residual=True)
+    head = Layer(spec.vocab, spec.hidden, normed, bias=False, residual=False)
+    return (*(Part(layer, spec.layers) for layer in (qkv, out, gate_up, down)), Part(head, 1, head=True))
+
+
+def plan_for(spec: DecoderSpec, decode_rows: Collection[int], step_tokens: int) -> Plan:
+    """For decode steps of these numbers of rows, and prefill steps of up to `step_tokens`."""
+    parts, decoding = decoder_parts(spec), frozenset(map(rows_bucket, decode_rows))
+    prefill = {rows_bucket(rows) for rows in (*PREFILL_ROWS, step_tokens) if rows <= step_tokens}
+    settings: dict[Product, Setting] = {}
+    for part in parts:
+        for bucket in sorted(decoding if part.head else decoding | prefill):
+            rows = min(bucket, max(decode_rows) if part.head else max(step_tokens, *decode_rows))
+            for kernel in _kernels(bucket):
+                settings.setdefault(part.product(kernel, bucket), Setting(part.layer, rows))
+    return Plan(parts, decoding, settings)
+
+
+def _kernels(bucket: int) -> tuple[Literal["gemv", "int8"], ...]:
+    if bucket == 1:
+        return ("gemv",)
+    return ("gemv", "int8") if bucket <= MOST_GEMV_ROWS else ("int8",)
+
+
+def tuned_tiles(
+    spec: DecoderSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+    decode_rows: Collection[int],
+    step_tokens: int,
+    budget: float = BUDGET_S,
+    enter_thread: Callable[[], None] = lambda: None,
+) -> Tiles:
+    """Tiles kept in `folder` for this chip; what is missing there is measured for `budget` seconds at most and kept.
+
+    With a budget of 0 nothing is measured. Defaults, and a line in the log, where the device has no memory to measure
+    in. `enter_thread` is called on each thread that uses the device. Launches and waits on the current stream, which
+    must not be the default one.
+    """
+    plan, chip = plan_for(spec, decode_rows, step_tokens), chip_of(device)
+    store = TileStore(folder, chip, str(dtype).removeprefix("torch."))
+
+    def measure(missing: Mapping[Product, Setting], known: Mapping[Product, Choice]) -> dict[Product, Choice]:
+        threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+        start = time.perf_counter()
+        _log.info("tuning kernels for %s, once: this takes up to %.0f s", chip.name, budget)
+        with LinearBench(missing, device, dtype, threads=threads, enter_thread=enter_thread) as bench:
+            found = measured(plan, missing, known, bench, chip.shared_bytes, budget=budget, batch=2 * threads)
+        _log.info("tuned %d products in %.0f s", len(found), time.perf_counter() - start)
+        return found
+
+    try:
+        choices = kept_or_measured(store, plan, measure if budget > 0 else None, timeout=2 * budget)
+    except torch.OutOfMemoryError:
+        _log.warning("kernels are not tuned: %s has not enough free memory to measure in", device)
+        choices = {}
+    finally:
+        torch.cuda.empty_cache()
+    return Tiles({product: choice.tile for product, choice in choices.items()}, gemv_rows(plan, choices))
+
+
+Measure = Callable[[Mapping[Product, Setting], Mapping[Product, Choice]], dict[Product, Choice]]
+"""Choices for products that are missing, given those that are known."""
+
+
+def kept_or_measured(store: TileStore, plan: Plan, measure: Measure | None, timeout: float) -> dict[Product, Choice]:
+    """What is kept, and the rest measured and kept: by one thread or process, while others wait for it `timeout` s."""
+    kept = store.read(plan.settings)
+    if len(kept) == len(plan.settings) or measure is None:
+        return kept
+    with store.alone(timeout) as alone:
+        kept = store.read(plan.settings)  # somebody else may have been here
+        missing = {product: setting for product, setting in plan.settings.items() if product not in kept}
+        if alone and missing and store.begin():
+            try:
+                found = measure(missing, kept)
+            except torch.OutOfMemoryError:
+                store.add({})  # which says that this attempt did not end the process
+                raise
+            if any(choice.seconds is not None for choice in found.values()):
+                store.add(found)
+            kept |= found
+    return kept
+
+
+def measured(
+    plan: Plan,
+    missing: Collection[Product],
+    known: Mapping[Product, Choice],
+    bench: Bench,
+    shared_bytes: int,
+    *,
+    budget: float,
+    batch: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Product, Choice]:
+    """A choice for each missing product."""
+    start, compared = clock(), plan.compared
+    tasks = [
+        Task(product, tuple(candidates(product, shared_bytes)), plan.share(product))
+        for product in missing
+        if product not in compared
+    ]
+    found = dict(search(tasks, bench, budget=_CLIMBING * budget, batch=batch, clock=clock))
+    tasks = []
+    for product in (product for product in compared if product in missing):
+        choices, like = tuple(candidates(product, shared_bytes)), replace(product, rows=plan.fewest)
+        chosen = found.get(like) or known.get(like)
+        same = (chosen.tile,) if chosen and chosen.tile in choices[1:] else ()
+        tasks.append(Task(product, (choices[0], *same), plan.share(product)))
+    return found | dict(search(tasks, bench, budget=budget - (clock() - start), batch=batch, clock=clock))
+
+
+def gemv_rows(plan: Plan, choices: Mapping[Product, Choice]) -> int:
+    """Up to how many rows a step's products are faster by GEMV than on tensor cores; GEMV_ROWS where it is not known.
+
+    The default stays where both are about as fast.
+    """
+    most = 1
+    for rows in sorted(rows for rows in plan.decoding if 1 < rows <= MOST_GEMV_ROWS):
+        by_gemv, by_int8 = (_step_seconds(plan, choices, kernel, rows) for kernel in ("gemv", "int8"))
+        if by_gemv is None or by_int8 is None:
+            break
+        if by_gemv > by_int8 * (GAIN if rows <= GEMV_ROWS else 1 / GAIN):
+            return most
+        most = rows
+    return max(most, GEMV_ROWS)
+
+
+def _step_seconds(
+    plan: Plan, choices: Mapping[Product, Choice], kernel: Literal["gemv", "int8"], rows: int
+) -> float | None:
+    """Of all linear layers."""
+    total = 0.0
+    for part in plan.parts:
+        choice = choices.get(part.product(kernel, rows))
+        if choice is None or choice.seconds is None:
+            return None
+        total += part.count * choice.seconds
+    return total
+
+
+def chip_of(device: torch.device) -> Chip:
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(
+        name=properties.name,
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        torch=torch.__version__,
+        triton=triton.__version__,
+        sources=_sources(),
+    )
+
+
+def _sources() -> str:
+    """Of whatever a time depends on, and of what measured it."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for name in _SOURCES:
+        path = here / name
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]

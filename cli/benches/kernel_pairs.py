@@ -82,14 +82,19 @@ class Place:
 
 
 def cuda_place(
-    spec: DecoderSpec, device: torch.device, activations: torch.dtype, block_size: int, rows: int, context: int
+    spec: DecoderSpec,
+    device: torch.device,
+    activations: torch.dtype,
+    tiles: Tiles,
+    *,
+    block_size: int,
+    rows: int,
+    context: int,
 ) -> Place:
-    """Takes the workspace for up to `rows` sequences of `context` tokens."""
+    """Takes the workspace for `rows` sequences of `context` tokens."""
     facts = torch.cuda.get_device_properties(device)
-    chip, tiles = facts.multi_processor_count, Tiles()
-    padded = -(-context // block_size) * block_size
-    decoding = [(batch, padded) for batch in range(1, rows + 1)]
-    nbytes = workspace_bytes(spec, tiles, chip, rows=rows, decoding=decoding, block_size=block_size)
+    chip, padded = facts.multi_processor_count, -(-context // block_size) * block_size
+    nbytes = workspace_bytes(spec, tiles, chip, rows=rows, decoding=[(rows, padded)], block_size=block_size)
     return Place(Device(activations, Workspace(nbytes, device), tiles, chip), facts.L2_cache_size, block_size)
 
 
@@ -156,7 +161,7 @@ def norm_pair(spec: DecoderSpec, place: Place, rows: int) -> Pair:
     def replaced(_: int) -> torch.Tensor:
         return functional.rms_norm(x, (spec.hidden,), gain, spec.norm_eps)
 
-    return Pair(ours, replaced, 1, "normalised rows", "rms_norm, in 16 bits")
+    return Pair(ours, replaced, 1, "rows", "rms_norm, in 16 bits")
 
 
 def embedding_pair(spec: DecoderSpec, place: Place, rows: int) -> Pair:
@@ -176,7 +181,7 @@ def embedding_pair(spec: DecoderSpec, place: Place, rows: int) -> Pair:
     def replaced(number: int) -> torch.Tensor:
         return functional.embedding(wide_ids[number], wide)
 
-    return Pair(ours, replaced, LOOKED_UP, "token embedding", "embedding of a 16-bit table")
+    return Pair(ours, replaced, LOOKED_UP, "look-up", "embedding of a 16-bit table")
 
 
 def attention_pair(spec: DecoderSpec, place: Place, rows: int, context: int, *, int8: bool) -> Pair:
@@ -214,7 +219,7 @@ def attention_pair(spec: DecoderSpec, place: Place, rows: int, context: int, *, 
         mixed = functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
         return mixed.view(rows, spec.heads * spec.head_dim)
 
-    return Pair(ours, replaced, cache.copies, "paged decode", "stand-in: torch's attention, contiguous, 16 bits")
+    return Pair(ours, replaced, cache.copies, "paged", "stand-in: torch's attention, contiguous, 16 bits")
 
 
 class _Cache:
@@ -262,4 +267,4 @@ def sampling_pair(spec: DecoderSpec, place: Place, rows: int, *, mixed: bool) ->
         return lambda _: made.sample(logits, slots)
 
     ours, replaced = sampler(TritonSampling(spec.vocab, device, dtype)), sampler(TorchSampling())
-    return Pair(ours, replaced, 1, "sampling, two launches", "the sampler in torch")
+    return Pair(ours, replaced, 1, "two kernels", "the sampler in torch")

@@ -21,11 +21,14 @@ from engine.families import CheckpointConfig, family_for
 from engine.spec import DecoderSpec, FloatType
 
 if TYPE_CHECKING:
+    import torch
+
     from cli.benches.device_time import Timer
     from cli.benches.kernel_pairs import Pair, Place
+    from engine.kernels.tiles import Tiles
 
 COLUMNS = (
-    ("launches", "count"),
+    ("in a step", "count"),
     ("us", "us"),
     ("replaced us", "replaced_us"),
     ("limit us", "limit_us"),
@@ -49,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_steps(parser, batch="1,8,32,128")
     parser.add_argument("--steps", type=int, default=64, help="decode steps per row of the ladder (default: 64)")
     parser.add_argument("--only", choices=["kernels", "ladder"], help="one of the two tables")
+    parser.add_argument("--no-tuning", action="store_true", help="tiles that were measured before, or the default ones")
     parser.set_defaults(sampling="greedy", profile=False)
 
 
@@ -61,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     with storage_folder(arguments) as storage:
         if arguments.only != "ladder":
             report.card["notes"] = list(NOTES)
-            report.rows.extend(_kernels(arguments, _spec(arguments, storage), index, context, report.card))
+            report.rows.extend(_kernels(arguments, storage, index, context, report.card))
         if arguments.only != "kernels":
             report.rows.extend(step_ladder.rows(arguments, storage, report.card))
     return report
@@ -85,13 +89,7 @@ def _spec(arguments: argparse.Namespace, storage: Path) -> tuple[DecoderSpec, Fl
     return spec.decoder, spec.dtype
 
 
-def _kernels(
-    arguments: argparse.Namespace,
-    model: tuple[DecoderSpec, FloatType],
-    index: int,
-    context: int,
-    card: dict[str, Any],
-) -> list[Row]:
+def _kernels(arguments: argparse.Namespace, storage: Path, index: int, context: int, card: dict[str, Any]) -> list[Row]:
     """The rows of each batch size and their sums; the chip's rates go to the card."""
     import torch
 
@@ -100,18 +98,42 @@ def _kernels(
     from engine.runners.open_cuda import activation_type, kv_block_size
     from engine.runtime.cuda.weights import torch_type
 
-    spec, stored = model
+    spec, stored = _spec(arguments, storage)
     device, activations = torch.device("cuda", index), activation_type("int8", stored)
+    dtype, timer, block = torch_type(activations), GraphTimer(device), kv_block_size(spec.head_dim)
     torch.cuda.set_device(device)
     rates = Rates(limits.measure_rates(str(device), "int8"), limits.measure_rates(str(device), "fp16"))
     card |= {"activations": activations} | rates.card()
-    block = kv_block_size(spec.head_dim)
     rows: list[Row] = []
-    for batch in arguments.batch:
-        place = cuda_place(spec, device, torch_type(activations), block, batch, context)
-        rows += batch_rows(spec, place, batch, context, GraphTimer(device), rates)
-        torch.cuda.empty_cache()
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        tiles = _tiles(arguments, spec, storage, device, dtype)
+        for batch in arguments.batch:
+            place = cuda_place(spec, device, dtype, tiles, block_size=block, rows=batch, context=context)
+            rows += batch_rows(spec, place, batch, context, timer, rates)
+            torch.cuda.empty_cache()
     return rows
+
+
+def _tiles(
+    arguments: argparse.Namespace, spec: DecoderSpec, storage: Path, device: torch.device, dtype: torch.dtype
+) -> Tiles:
+    """What the ladder's engines take: kept ones, which are measured now if there are none."""
+    from engine.kernels import tuning
+    from engine.runners.fusion import FOLDER
+    from engine.runtime.cuda.buckets import Buckets
+    from engine.runtime.cuda.capture import allow_beside_capture
+
+    most = max(arguments.batch)
+    return tuning.tuned_tiles(
+        spec,
+        device=device,
+        dtype=dtype,
+        folder=storage / FOLDER,
+        decode_rows={bucket.batch for bucket in Buckets(most, spec.context_length)},
+        step_tokens=arguments.prefill_chunk + most,
+        budget=0.0 if arguments.no_tuning else tuning.BUDGET_S,
+        enter_thread=allow_beside_capture,
+    )
 
 
 class Rates:

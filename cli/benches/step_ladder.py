@@ -65,7 +65,7 @@ def _rung_rows(arguments: argparse.Namespace, storage: Path, rung: Rung, card: d
     chosen = argparse.Namespace(**vars(arguments) | {"precision": rung.precision, "kernel_fusion": None})
     settings = {"prefill_chunk": arguments.prefill_chunk, "max_waiting": 1024}
     part, context = options.decoder_part(arguments), decode.room(arguments)
-    parts = Parts(rung.fusion, torch_sampling=rung.torch_sampling)
+    parts = Parts(rung.fusion, torch_sampling=rung.torch_sampling, tuning=not arguments.no_tuning)
     opened = partial(open_cuda, parts=parts)
     try:
         with open_bench(chosen, storage, part, settings, context, max(arguments.batch), opened) as bench:

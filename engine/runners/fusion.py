@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Register = Callable[[Any], None]
 """Makes operators known to an onnxruntime.SessionOptions."""
 
-_FOLDER = "kernels"  # of the storage folder
+FOLDER = "kernels"  # of the storage folder
 _COMPILED = "compiled"  # of that
 
 
@@ -90,7 +90,7 @@ def _operators(
         from engine.kernels.workspace import Workspace
     except ImportError as error:
         raise KernelsUnavailable(f"the fused kernels cannot be imported: {error}") from error
-    folder = config.storage / _FOLDER
+    folder = config.storage / FOLDER
     if reason := bridge.unavailable(folder):
         raise KernelsUnavailable(reason)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

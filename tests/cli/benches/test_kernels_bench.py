@@ -126,9 +126,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Parts]:
 def test_the_ladder_takes_one_part_after_the_other_and_survives_one_that_cannot_be_had(
     bench: Bench, opened: list[Parts]
 ) -> None:
-    words = ["--only", "ladder", "--device", "cuda", "--batch", "1,2", "--context", "64", "--steps", "4"]
+    words = ["--only", "ladder", "--no-tuning", "--device", "cuda", "--batch", "1,2", "--context", "64", "--steps", "4"]
     result = bench("kernels", *words, code=1)
-    assert opened == [Parts(rung.fusion, torch_sampling=rung.torch_sampling) for rung in RUNGS]
+    assert opened == [Parts(rung.fusion, torch_sampling=rung.torch_sampling, tuning=False) for rung in RUNGS]
     *rows, last = result["rows"]
     assert [row["row"] for row in rows] == [f"B={batch} {rung.name}" for rung in RUNGS[:-1] for batch in (1, 2)]
     assert last == {"row": "+ sampling", "error": "KernelsUnavailable: there is no C compiler"}

@@ -113,7 +113,7 @@ run_all() {
     decode decode-fused-smolvlm-256m 180 smolvlm-256m "${fused[@]}" --batch 1,32
     decode decode-fused-qwen3-vl-2b 180 qwen3-vl-2b "${fused[@]}" --batch 1,32
     decode decode-fused-qwen3-vl-2b-kv 180 qwen3-vl-2b "${fused[@]}" --kv-precision int8 --batch 1,32
-    measure kernels 1 300 kernels --shape $qwen "${place[@]}" --only kernels
+    measure kernels 1 400 kernels --shape $qwen "${place[@]}" --only kernels
     measure step-ladder 1 590 kernels --shape $qwen "${place[@]}" --only ladder
     measure prefill 1 240 prefill --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,8 --context 512,1024,2048
     measure prefill-int8-fused 1 240 prefill --shape $qwen "${place[@]}" "${fused[@]}" --batch 1,8 \

@@ -11,8 +11,8 @@ from triton import knobs
 def keep_compiled(folder: Path) -> None:
     """Have Triton keep it in `folder`, for the next start, unless TRITON_CACHE_DIR names a place.
 
-    For the whole process. Without the steps between source and binary, which are five times its size. Where nothing
-    can be written it stays at Triton's own folder.
+    For the whole process. Without line numbers and the steps between source and binary: 90 KB a kernel instead of 550.
+    Where nothing can be written it stays at Triton's own folder.
     """
     if os.environ.get("TRITON_CACHE_DIR"):
         return
@@ -23,3 +23,4 @@ def keep_compiled(folder: Path) -> None:
     if os.access(folder, os.W_OK | os.X_OK):
         knobs.cache.dir = str(folder)
         knobs.compilation.store_binary_only = True
+        knobs.compilation.disable_line_info = True

@@ -20,6 +20,7 @@ import torch
 from triton.errors import TritonError
 
 from engine.kernels.linear import Int8Linear, LinearParameters
+from engine.kernels.norm import quantise_rows
 from engine.kernels.search import Sample
 from engine.kernels.tiles import Product, Tile, Tiles, rows_bucket
 from engine.kernels.workspace import Workspace, aligned
@@ -88,6 +89,8 @@ class LinearBench:
                 torch.cuda.set_stream(stream)
 
         self._threads = ThreadPoolExecutor(threads, "tuning", initializer=enter)
+        for layer in {setting.layer for setting in settings.values()}:
+            self._numbers.quantise(layer)
 
     def __enter__(self) -> LinearBench:
         return self
@@ -188,6 +191,14 @@ class _Numbers:
             self._result(self._residual, layer, rows) if layer.residual else None,
             self.y(layer, rows),
         )
+
+    def quantise(self, layer: Layer) -> None:
+        """One row, as `layer` does: layers share this kernel, and Triton's first launch of one is for one thread."""
+        x, *_, norm_weight, _, _, _ = self.call(layer, 1, 0)
+        assert x is not None
+        rows, scales = torch.empty_like(x, dtype=torch.int8), torch.empty(1, device=x.device)
+        norm, epsilon = layer.parameters.norm, layer.parameters.epsilon
+        quantise_rows(x, rows, scales, norm=norm, norm_weight=norm_weight, epsilon=epsilon)
 
     def y(self, layer: Layer, rows: int) -> torch.Tensor:
         return self._result(self._y, layer, rows)

@@ -1,6 +1,6 @@
 """Which tile of each product is fastest, found in bounded time.
 
-Measuring all is out of reach: qwen2-vl-2b with 32 sequences has 46 products with 1,856 candidates, and one costs 0.5 s
+Measuring all is out of reach: qwen2-vl-2b with 32 sequences has 54 products with 2,434 candidates, and one costs 0.5 s
 of a core to compile and some 20 ms to measure. So each product climbs: the default is measured, then tiles that
 differ from the best so far in one number, splits aside, which follow from the others. What there is time for is shared
 among products by their part in a step, each next candidate going to the largest share per candidate tried (the highest

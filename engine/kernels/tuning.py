@@ -1,10 +1,10 @@
 """Tiles for a decoder on a device: measured when it first loads there, kept on disk, and read at every later start.
 
-Two numbers, for qwen2-vl-2b. With up to 32 sequences there are 61 pairs of a product and a bucket of rows (71 with 128)
-with 2,351 candidates (2,975). 15 pairs are only compared; climbing tries at most 12 candidates of each of the other 46
-(56): 522 (642), less what is compiled for several buckets at once. At 8 a second from 8 cores on, 5 on 4, 1.5 on one
-(linear_bench.py), and 20 ms each to measure, that is about what 45 s hold on 16 cores, half of it on 4: the budget
-ends it, the least important candidates last. A start that finds everything on disk reads one file.
+Two numbers, for qwen2-vl-2b. With up to 32 sequences there are 69 products, pairs of a weight's shape and a bucket of
+rows (71 with 128), with 2,929 candidates (2,975). 15 of them are only compared; climbing tries at most 12 candidates of
+each of the other 54 (56): 618 (642), less what is compiled for several buckets at once. At 8 a second from 8 cores on,
+5 on 4, 1.5 on one (linear_bench.py), and 20 ms each to measure, that is more than 45 s hold, on 4 cores twice as much:
+the budget ends it, the least important candidates last. A start that finds everything on disk reads one file.
 
 Measuring that ends for lack of time leaves defaults, and these are kept as well: a later start would take as long, and
 the same request should get the same answer after it. What cannot be kept is not measured, for the same reason. A start
@@ -35,9 +35,10 @@ from engine.spec import DecoderSpec
 BUDGET_S = 45.0
 MOST_GEMV_ROWS = 8  # where a GEMV could still win; with more its registers do not suffice
 FEWEST_ROWS = 16  # of a tile for tensor cores: with fewer rows the same tiles are as fast
-PREFILL_ROWS = (256, 512, 1024)
+PREFILL_ROWS = 256  # and more, of steps that read prompts; fewer are of short prompts or the ends of long ones
 MOST_THREADS = 16
 _PREFILL_WEIGHT = 1 / 8  # a step of prefill to one of decoding
+_SELDOM_WEIGHT = 1 / 32
 _COMPARED_WEIGHT = 1 / 4  # what is measured to be compared rather than to run
 _CLIMBING = 0.9  # of the budget; the rest is for comparing
 _BYTES_PER_S, _OPERATIONS_PER_S = 3e12, 1e15  # of an H100, for shares alone
@@ -77,24 +78,27 @@ class Plan:
     @property
     def compared(self) -> list[Product]:
         """Products of fewer rows than a tile has: they take that tile, and are timed to be compared with a GEMV."""
-        return [product for product in self.settings if product.kernel == "int8" and product.rows < self.fewest]
+        return [product for product in self.settings if product.kernel == "int8" and product != self.like(product)]
 
-    @property
-    def fewest(self) -> int:
-        """Rows of the smallest products on tensor cores that are searched."""
-        return min(FEWEST_ROWS, max(self.decoding))
+    def like(self, product: Product) -> Product:
+        """The one with more rows that fits the same tiles, if it has fewer than they."""
+        rows = (known.rows for known in self.settings if replace(known, rows=product.rows) == product)
+        return replace(product, rows=max(product.rows, min(FEWEST_ROWS, max(rows))))
 
     def share(self, product: Product) -> float:
         """Of the time that matters, by what an H100 would take."""
-        calls = sum(
-            part.count for part in self.parts if part.product("int8", 0) == replace(product, kernel="int8", rows=0)
-        )
-        seconds = max(
-            product.n * product.k / _BYTES_PER_S, 2 * product.rows * product.n * product.k / _OPERATIONS_PER_S
-        )
-        weight = 1.0 if product.rows in self.decoding else _PREFILL_WEIGHT
-        doubtful = product.kernel == "gemv" and product.rows > GEMV_ROWS
-        return calls * seconds * weight * (_COMPARED_WEIGHT if doubtful else 1.0)
+        shape = replace(product, kernel="int8", rows=0)
+        calls = sum(part.count for part in self.parts if part.product("int8", 0) == shape)
+        values = product.n * product.k
+        seconds = max(values / _BYTES_PER_S, 2 * product.rows * values / _OPERATIONS_PER_S)
+        return calls * seconds * self._weight(product)
+
+    def _weight(self, product: Product) -> float:
+        if product.kernel == "gemv" and product.rows > GEMV_ROWS:
+            return _COMPARED_WEIGHT
+        if product.rows in self.decoding:
+            return 1.0
+        return _PREFILL_WEIGHT if product.rows >= PREFILL_ROWS else _SELDOM_WEIGHT
 
 
 def decoder_parts(spec: DecoderSpec) -> tuple[Part, ...]:
@@ -110,16 +114,23 @@ def decoder_parts(spec: DecoderSpec) -> tuple[Part, ...]:
 
 
 def plan_for(spec: DecoderSpec, decode_rows: Collection[int], step_tokens: int) -> Plan:
-    """For decode steps of these numbers of rows, and prefill steps of up to `step_tokens`."""
+    """For decode steps of these numbers of rows, and prefill steps of up to `step_tokens`.
+
+    Every bucket that a step can come to is in it, so that no request waits for a compiler.
+    """
     parts, decoding = decoder_parts(spec), frozenset(map(rows_bucket, decode_rows))
-    prefill = {rows_bucket(rows) for rows in (*PREFILL_ROWS, step_tokens) if rows <= step_tokens}
+    most = max(step_tokens, *decode_rows)
     settings: dict[Product, Setting] = {}
     for part in parts:
-        for bucket in sorted(decoding if part.head else decoding | prefill):
-            rows = min(bucket, max(decode_rows) if part.head else max(step_tokens, *decode_rows))
+        for bucket in sorted(decoding) if part.head else _buckets(most):
+            rows = min(bucket, max(decode_rows) if part.head else most)
             for kernel in _kernels(bucket):
                 settings.setdefault(part.product(kernel, bucket), Setting(part.layer, rows))
     return Plan(parts, decoding, settings)
+
+
+def _buckets(rows: int) -> list[int]:
+    return [1 << bits for bits in range(rows_bucket(rows).bit_length())]
 
 
 def _kernels(bucket: int) -> tuple[Literal["gemv", "int8"], ...]:
@@ -212,7 +223,7 @@ def measured(
     found = dict(search(tasks, bench, budget=_CLIMBING * budget, batch=batch, clock=clock))
     tasks = []
     for product in (product for product in compared if product in missing):
-        choices, like = tuple(candidates(product, shared_bytes)), replace(product, rows=plan.fewest)
+        choices, like = tuple(candidates(product, shared_bytes)), plan.like(product)
         chosen = found.get(like) or known.get(like)
         same = (chosen.tile,) if chosen and chosen.tile in choices[1:] else ()
         tasks.append(Task(product, (choices[0], *same), plan.share(product)))
@@ -225,7 +236,7 @@ def gemv_rows(plan: Plan, choices: Mapping[Product, Choice]) -> int:
     The default stays where both are about as fast.
     """
     most = 1
-    for rows in sorted(rows for rows in plan.decoding if 1 < rows <= MOST_GEMV_ROWS):
+    for rows in sorted({product.rows for product in plan.settings if 1 < product.rows <= MOST_GEMV_ROWS}):
         by_gemv, by_int8 = (_step_seconds(plan, choices, kernel, rows) for kernel in ("gemv", "int8"))
         if by_gemv is None or by_int8 is None:
             break
@@ -238,9 +249,11 @@ def gemv_rows(plan: Plan, choices: Mapping[Product, Choice]) -> int:
 def _step_seconds(
     plan: Plan, choices: Mapping[Product, Choice], kernel: Literal["gemv", "int8"], rows: int
 ) -> float | None:
-    """Of all linear layers."""
+    """Of all linear layers that see so many rows."""
     total = 0.0
     for part in plan.parts:
+        if part.product(kernel, rows) not in plan.settings:
+            continue
         choice = choices.get(part.product(kernel, rows))
         if choice is None or choice.seconds is None:
             return None

@@ -53,7 +53,7 @@ def test_tiles_are_timed_and_checked_interpreted() -> None:
     run_cases(TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize(("slots", "products", "compared"), [(1, 21, 0), (8, 51, 10), (32, 61, 15), (128, 71, 15)])
+@pytest.mark.parametrize(("slots", "products", "compared"), [(1, 61, 12), (8, 67, 14), (32, 69, 15), (128, 71, 15)])
 def test_what_is_measured_for_a_decoder(slots: int, products: int, compared: int) -> None:
     made = plan(slots)
     assert len(made.settings) == products
@@ -63,6 +63,11 @@ def test_what_is_measured_for_a_decoder(slots: int, products: int, compared: int
         assert (setting.layer.n, setting.layer.k) == (product.n, product.k)
         assert setting.layer.n != QWEN2_VL_2B.vocab or setting.rows <= slots, "the head sees rows that choose a token"
         assert setting.rows <= 1024 + slots
+    for rows in range(1, 1024 + slots + 1):
+        for part in (part for part in made.parts if not part.head or rows <= slots):
+            kernels = ["gemv"] * (rows <= GEMV_ROWS) + ["int8"] * (rows > 1)
+            for kernel in kernels:
+                assert part.product(kernel, rows_bucket(rows)) in made.settings, "no request waits for a compiler"  # type: ignore[arg-type]
 
 
 def test_the_layers_are_those_of_the_graph() -> None:
@@ -114,12 +119,19 @@ def test_fewer_rows_than_a_tile_has_take_the_tile_of_16_and_a_time_of_their_own(
     made = plan()
     bench = FakeBench(lambda product, tile: preferring(1)(product, tile) * product.rows)
     choices = measured(made, made.settings, {}, bench, SHARED_BYTES, budget=BUDGET_S, batch=32, clock=bench.clock)
+    assert {product.rows for product in made.compared} == {2, 4, 8}
     for product in made.compared:
         assert len({tile for asked, tile in bench.compiled if asked == product}) <= 2
         like = choices[replace(product, rows=16)]
         assert choices[product].tile == like.tile
         assert like.seconds is not None
         assert choices[product].seconds == pytest.approx(like.seconds * product.rows / 16)
+
+
+def test_a_head_of_few_rows_takes_the_tile_of_the_most_that_it_sees() -> None:
+    made = plan(8)
+    head = [product for product in made.settings if product.n == QWEN2_VL_2B.vocab and product.kernel == "int8"]
+    assert {product.rows: made.like(product).rows for product in head} == {2: 8, 4: 8, 8: 8}
 
 
 def test_the_tile_of_16_may_be_known_from_before() -> None:

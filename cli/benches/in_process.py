@@ -20,11 +20,12 @@ from cli.machine import resident_mib
 from cli.memory import replica_memory
 from cli.settings import settings_from
 from engine.catalog import find_checkpoint
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import Artifact, Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import Cancelled, EngineError
 from engine.model import Model, OpenCuda
+from engine.replica import Replica
 from engine.request import Chunk, Event, Finished, Message, Request, SamplingParams, Text
 from engine.spec import DecoderSpec
 from engine.stats import StepRecord
@@ -210,7 +211,8 @@ def open_bench(
 ) -> Iterator[Bench]:
     """An engine with the shape loaded, caches off, and room for `batch` sequences of `context` tokens.
 
-    `open_cuda` opens its replicas on GPUs, if not the engine's own function of that name.
+    `open_cuda` opens its replicas on GPUs. Without it they open as the engine's own do, except that our operators round
+    all activations of a shape: which layers bear it is a question to trained weights.
 
     Raises EngineError.
     """
@@ -220,8 +222,16 @@ def open_bench(
     values |= {**settings_from(arguments), "storage": storage, "cache_enabled": False}
     steps = StepLog()
     config = EngineConfig.from_mapping(values)
-    with contextlib.closing(Engine(config, on_step=steps, open_cuda=open_cuda)) as engine:
+    opened = open_cuda or (_open_all_int8 if config.kernel_fusion == "on" else None)
+    with contextlib.closing(Engine(config, on_step=steps, open_cuda=opened)) as engine:
         yield Bench(engine, engine.load(name), steps, Prompts(engine, name, arguments.seed))
+
+
+def _open_all_int8(name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
+    from engine.runners.fusion import Parts, wanted_fusion  # these import torch
+    from engine.runners.open_cuda import open_cuda
+
+    return open_cuda(name, artifact, config, index, Parts(wanted_fusion(artifact, config)))
 
 
 def decoder_spec(model: str, storage: Path) -> DecoderSpec:

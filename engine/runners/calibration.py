@@ -108,6 +108,12 @@ def _measured(
         decoder.close()
 
 
+def calibration_tokens(folder: Path, spec: ModelSpec) -> int:
+    """The most that a step made of the fixed text and picture has."""
+    pictures = [image_processor(folder, spec).process(_picture(), b"calibration")] if spec.vision else []
+    return _TEXT_TOKENS + sum(picture.tokens for picture in pictures)
+
+
 def calibration_step(folder: Path, spec: ModelSpec, tower: VisionTower | None) -> PackedStep:
     """One sequence of a checkpoint's own prompt format, in blocks 1, 2, ..., cut off where its context ends."""
     images = [image_processor(folder, spec).process(_picture(), b"calibration")] if tower is not None else []

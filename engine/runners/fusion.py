@@ -38,7 +38,17 @@ class Parts:
     tuning: bool = True  # without, kernels take tiles that were measured before, or the default ones
 
 
+def wanted_fusion(artifact: Artifact, config: EngineConfig, parts: Parts | None = None) -> Fusion:
+    """`auto` is off until it is measured where the operators are faster."""
+    if parts is not None:
+        return parts.fusion
+    if config.kernel_fusion != "on" or artifact.precision == "fp32":
+        return STOCK
+    return Fusion(linear=artifact.precision == "int8", attention=True)
+
+
 def open_fusion(
+    fusion: Fusion,
     artifact: Artifact,
     config: EngineConfig,
     dtype: torch.dtype,
@@ -52,7 +62,6 @@ def open_fusion(
     Takes the memory that they work in, for steps of up to `step_tokens` tokens. With `parts` it raises
     KernelsUnavailable instead.
     """
-    fusion = _chosen(artifact, config) if parts is None else parts.fusion
     if fusion == STOCK:
         return STOCK, None
     try:
@@ -63,13 +72,6 @@ def open_fusion(
             raise
         logger.warning("%s", error)
         return STOCK, None
-
-
-def _chosen(artifact: Artifact, config: EngineConfig) -> Fusion:
-    """`auto` is off until it is measured where the operators are faster."""
-    if config.kernel_fusion != "on" or artifact.precision == "fp32":
-        return STOCK
-    return Fusion(linear=artifact.precision == "int8", attention=True)
 
 
 def _operators(

@@ -7,26 +7,22 @@ import traceback
 from functools import partial
 
 import torch
+import xxhash
 
-from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact
 from engine.config import EngineConfig
 from engine.device import memory_budget
 from engine.errors import DeviceOutOfMemory, InvalidConfig
-from engine.graphs.cuda import CudaGraph, cuda_decoder
 from engine.graphs.cuda.fused import Fusion
 from engine.replica import Replica
-from engine.runners.calibration import kv_ranges
 from engine.runners.cuda import CudaRunner
-from engine.runners.fusion import Parts, open_fusion
+from engine.runners.fusion import Parts
 from engine.runners.kv_budget import BlockSize, kv_budget
-from engine.runtime.cuda.cache_scales import scale_inputs
+from engine.runners.sessions import open_sessions
 from engine.runtime.cuda.capture import allow_beside_capture
 from engine.runtime.cuda.decoder import PagedDecoder
-from engine.runtime.cuda.encoder import open_encoder
 from engine.runtime.cuda.failures import DeviceFailures
-from engine.runtime.cuda.session import CudaSession
-from engine.runtime.cuda.weights import DeviceWeights, torch_type
+from engine.runtime.cuda.weights import torch_type
 from engine.sampling.device import DeviceSampler
 from engine.sampling.device_torch import TorchSampling
 from engine.scheduling.paged import PagedKVCache
@@ -74,45 +70,27 @@ def _open(
 ) -> Replica:
     spec, slots = artifact.spec, config.max_batch_size
     activations = activation_type(artifact.precision, spec.dtype)
-    dtype, paged = torch_type(activations), activations != "float32"  # PagedAttention has no kernel for fp32
+    dtype = torch_type(activations)
     before = torch.cuda.mem_get_info(device)[0]
-    weights = DeviceWeights(artifact, device)
     int8_cache = config.kv_precision == "int8"
     prefill_tokens = config.prefill_chunk or _PREFILL_TOKENS
     step_tokens = prefill_tokens + slots
     block_size = kv_block_size(spec.decoder.head_dim)
-    fusion, register = open_fusion(artifact, config, dtype, device, step_tokens, block_size, parts)
-
-    def open_session(graph: CudaGraph) -> CudaSession:
-        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register)
-
-    make_graph = partial(
-        cuda_decoder,
-        *(artifact, activations, spec.decoder.context_length),
-        paged=paged,
-        int8_cache=int8_cache,
-        fusion=fusion,
+    sessions = open_sessions(
+        *(name, artifact, config, activations, device), step_tokens=step_tokens, block_size=block_size, parts=parts
     )
-    session = open_session(make_graph())
-    decoding = open_session(make_graph(decode=True)) if fusion.attention else None
-    tower = open_encoder(artifact, activations, device) if spec.vision else None
-    scales = None
-    if int8_cache:
-        checkpoint = find_checkpoint(name, config.storage)
-        ranges = kv_ranges(checkpoint, artifact, activations, open_session, tower, device, fusion)
-        scales = scale_inputs(ranges, device)
-        torch.cuda.empty_cache()
+    tower = sessions.tower
     sampling = TorchSampling() if parts is not None and parts.torch_sampling else None
     sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype, sampling=sampling)
     open_decoder = partial(
         PagedDecoder,
-        *(session, spec.decoder, sampler.slot_tokens),
+        *(sessions.packed, spec.decoder, sampler.slot_tokens),
         dtype=dtype,
         slots=slots,
         step_tokens=step_tokens,
-        paged=paged,
-        cache_scales=scales,
-        decoding=decoding,
+        paged=activations != "float32",
+        cache_scales=sessions.cache_scales,
+        decoding=sessions.decoding,
     )
     open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
     if tower is not None:
@@ -133,18 +111,17 @@ def _open(
     torch.cuda.synchronize(device)
     occupied = before - torch.cuda.mem_get_info(device)[0]
     kv = PagedKVCache(slots=slots, blocks=blocks, block_size=block_size, context_length=context_length)
-    weight_bytes = weights.nbytes + (tower.weight_bytes if tower is not None else 0)
     memory = ModelMemory(
-        weights=weight_bytes,
+        weights=sessions.weight_bytes,
         kv=decoder.kv_bytes,
         kv_per_token=token_bytes,
-        workspace=max(0, occupied - weight_bytes - decoder.kv_bytes),
+        workspace=max(0, occupied - sessions.weight_bytes - decoder.kv_bytes),
         host=resident_bytes(),
     )
     limits = StepLimits(prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)
     return Replica(
         name=name,
-        numerics=_numerics(artifact, activations, fusion, int8_cache=int8_cache),
+        numerics=_numerics(artifact, activations, sessions.fusion, int8_cache=int8_cache),
         device=str(device),
         runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=memory),
         scheduler=Scheduler(kv, limits),
@@ -156,7 +133,12 @@ def _numerics(artifact: Artifact, activations: FloatType, fusion: Fusion, *, int
     """Weights, and all that another result can come from."""
     cache = " int8 kv" if int8_cache else ""
     ours = [name for name in ("linear", "attention") if getattr(fusion, name)]
-    return f"{artifact.digest} cuda {activations}{cache}" + (f" own {' '.join(ours)}" if ours else "")
+    own = f" own {' '.join(ours)}" if ours else ""
+    return f"{artifact.digest} cuda {activations}{cache}{own}{_digest(fusion.float_inputs)}"
+
+
+def _digest(float_inputs: frozenset[str]) -> str:
+    return f" wide {xxhash.xxh3_64_hexdigest(' '.join(sorted(float_inputs)).encode())}" if float_inputs else ""
 
 
 def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:

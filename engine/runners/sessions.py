@@ -1,0 +1,76 @@
+"""A model's sessions on a CUDA device: weights uploaded, operators chosen, ranges and roundings measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from engine.catalog import find_checkpoint
+from engine.checkpoints import Artifact
+from engine.config import EngineConfig
+from engine.graphs.cuda import CudaGraph, cuda_decoder
+from engine.graphs.cuda.fused import Fusion
+from engine.runners.calibration import calibration_tokens, kv_ranges
+from engine.runners.float_inputs import float_inputs
+from engine.runners.fusion import Parts, open_fusion, wanted_fusion
+from engine.runtime.cuda.cache_scales import scale_inputs
+from engine.runtime.cuda.encoder import CudaEncoder, open_encoder
+from engine.runtime.cuda.session import CudaSession
+from engine.runtime.cuda.weights import DeviceWeights, torch_type
+from engine.spec import FloatType
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """`decoding` runs captured decode steps where they have a graph of their own; `cache_scales` belong to int8 KV."""
+
+    packed: CudaSession
+    decoding: CudaSession | None
+    tower: CudaEncoder | None
+    cache_scales: Mapping[str, torch.Tensor] | None
+    fusion: Fusion
+    weight_bytes: int
+
+
+def open_sessions(
+    name: str,
+    artifact: Artifact,
+    config: EngineConfig,
+    activations: FloatType,
+    device: torch.device,
+    *,
+    step_tokens: int,
+    block_size: int,
+    parts: Parts | None,
+) -> Sessions:
+    """For calls of up to `step_tokens` tokens. Raises torch.OutOfMemoryError."""
+    spec, checkpoint = artifact.spec, find_checkpoint(name, config.storage)
+    wanted = wanted_fusion(artifact, config, parts)
+    rows = max(step_tokens, calibration_tokens(checkpoint, spec)) if wanted.linear else step_tokens
+    fusion, register = open_fusion(wanted, artifact, config, torch_type(activations), device, rows, block_size, parts)
+    weights = DeviceWeights(artifact, device)
+
+    def open_session(graph: CudaGraph) -> CudaSession:
+        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register)
+
+    tower = open_encoder(artifact, activations, device) if spec.vision else None
+    measured = (checkpoint, artifact, activations, open_session, tower, device)
+    if fusion.linear and parts is None:
+        fusion = replace(fusion, float_inputs=float_inputs(*measured))
+    int8_cache = config.kv_precision == "int8"
+    scales = scale_inputs(kv_ranges(*measured, fusion), device) if int8_cache else None
+    torch.cuda.empty_cache()  # what measuring took
+    make_graph = partial(
+        cuda_decoder,
+        *(artifact, activations, spec.decoder.context_length),
+        paged=activations != "float32",  # for which PagedAttention has no kernel
+        int8_cache=int8_cache,
+        fusion=fusion,
+    )
+    packed = open_session(make_graph())
+    decoding = open_session(make_graph(decode=True)) if fusion.attention else None
+    weight_bytes = weights.nbytes + (tower.weight_bytes if tower is not None else 0)
+    return Sessions(packed, decoding, tower, scales, fusion, weight_bytes)

@@ -126,7 +126,8 @@ def report(arguments: argparse.Namespace, found: Measured, other: Measured | Non
         ratio, interval = found.result.ratio_to(other.result)
         fields |= {"against": other.precision, "against_perplexity": other.result.value}
         fields |= {"ratio": ratio, "ratio_interval_95": interval}
-        line += f", {ratio:.4f} +- {interval:.4f} of {other.precision}'s {other.result.value:.4f}"
+        width = "" if interval is None else f" +- {interval:.4f}"
+        line += f", {ratio:.4f}{width} of {other.precision}'s {other.result.value:.4f}"
     print(f"{line} ({facts['windows']} windows of {facts['window']} tokens)")
     if arguments.json:
         print(json.dumps(fields | {"machine": card()}))

@@ -37,15 +37,17 @@ class Perplexity:
     def value(self) -> float:
         return math.exp(float(self.losses.mean()))
 
-    def ratio_to(self, other: Perplexity) -> tuple[float, float]:
+    def ratio_to(self, other: Perplexity) -> tuple[float, float | None]:
         """This perplexity over `other`'s on the same windows, and half of its 95 % interval (windows are independent).
+        One window has none.
 
         The difference of two precisions varies far less from window to window than the text itself does.
         """
         difference = (self.losses - other.losses).mean(axis=1)
         ratio = math.exp(float(difference.mean()))
-        error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
-        return ratio, 1.96 * error * ratio
+        if len(difference) == 1:
+            return ratio, None
+        return ratio, 1.96 * ratio * float(difference.std(ddof=1)) / math.sqrt(len(difference))
 
 
 def text() -> str:

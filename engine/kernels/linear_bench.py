@@ -20,7 +20,7 @@ import torch
 from triton.errors import TritonError
 
 from engine.kernels.linear import Int8Linear, LinearParameters
-from engine.kernels.norm import quantise_rows
+from engine.kernels.norm import normalise_rows, quantise_rows
 from engine.kernels.search import Sample
 from engine.kernels.tiles import Product, Tile, Tiles, rows_bucket
 from engine.kernels.workspace import Workspace, aligned
@@ -90,7 +90,7 @@ class LinearBench:
 
         self._threads = ThreadPoolExecutor(threads, "tuning", initializer=enter)
         for layer in {setting.layer for setting in settings.values()}:
-            self._numbers.quantise(layer)
+            self._numbers.make_ready(layer)
 
     def __enter__(self) -> LinearBench:
         return self
@@ -192,13 +192,17 @@ class _Numbers:
             self.y(layer, rows),
         )
 
-    def quantise(self, layer: Layer) -> None:
-        """One row, as `layer` does: layers share this kernel, and Triton's first launch of one is for one thread."""
+    def make_ready(self, layer: Layer) -> None:
+        """Launch what comes before products. Layers share these kernels, and while one thread launches a kernel for the
+        first time, another could find it half loaded.
+        """
         x, *_, norm_weight, _, _, _ = self.call(layer, 1, 0)
         assert x is not None
-        rows, scales = torch.empty_like(x, dtype=torch.int8), torch.empty(1, device=x.device)
         norm, epsilon = layer.parameters.norm, layer.parameters.epsilon
+        rows, scales = torch.empty_like(x, dtype=torch.int8), torch.empty(1, device=x.device)
         quantise_rows(x, rows, scales, norm=norm, norm_weight=norm_weight, epsilon=epsilon)
+        if norm != "none":
+            normalise_rows(x, torch.empty_like(x), norm=norm, norm_weight=norm_weight, epsilon=epsilon)
 
     def y(self, layer: Layer, rows: int) -> torch.Tensor:
         return self._result(self._y, layer, rows)

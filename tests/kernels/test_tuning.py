@@ -56,7 +56,7 @@ def test_tiles_are_timed_and_checked_interpreted() -> None:
 @pytest.mark.parametrize(("slots", "products", "compared"), [(1, 61, 12), (8, 67, 14), (32, 69, 15), (128, 71, 15)])
 def test_what_is_measured_for_a_decoder(slots: int, products: int, compared: int) -> None:
     made = plan(slots)
-    assert len(made.settings) == products
+    assert sum(product.kernel != "float" for product in made.settings) == products
     assert len(made.compared) == compared
     for product, setting in made.settings.items():
         assert rows_bucket(setting.rows) == product.rows, "the tile that such a call takes"
@@ -65,7 +65,7 @@ def test_what_is_measured_for_a_decoder(slots: int, products: int, compared: int
         assert setting.rows <= 1024 + slots
     for rows in range(1, 1024 + slots + 1):
         for part in (part for part in made.parts if not part.head or rows <= slots):
-            kernels = ["gemv"] * (rows <= GEMV_ROWS) + ["int8"] * (rows > 1)
+            kernels = ["gemv"] * (rows <= GEMV_ROWS) + ["int8", "float"] * (rows > 1)
             for kernel in kernels:
                 assert part.product(kernel, rows_bucket(rows)) in made.settings, "no request waits for a compiler"  # type: ignore[arg-type]
 
@@ -132,6 +132,15 @@ def test_a_head_of_few_rows_takes_the_tile_of_the_most_that_it_sees() -> None:
     made = plan(8)
     head = [product for product in made.settings if product.n == QWEN2_VL_2B.vocab and product.kernel == "int8"]
     assert {product.rows: made.like(product).rows for product in head} == {2: 8, 4: 8, 8: 8}
+
+
+def test_16_bit_rows_are_compiled_in_their_default_tile() -> None:
+    made = plan()
+    bench = FakeBench(preferring(1))
+    measured(made, made.settings, {}, bench, SHARED_BYTES, budget=BUDGET_S, batch=32, clock=bench.clock)
+    compiled = [(product, tile) for product, tile in bench.compiled if product.kernel == "float"]
+    assert {product for product, _ in compiled} == {product for product in made.settings if product.kernel == "float"}
+    assert all(tile == next(candidates(product)) for product, tile in compiled)
 
 
 def test_the_tile_of_16_may_be_known_from_before() -> None:

@@ -22,13 +22,14 @@ PLAIN = Layer(16, 32, LinearParameters(), bias=True, residual=True)
 GATED = Layer(32, 32, LinearParameters(1e-6, "rms", "silu_gate"), bias=False, residual=False)
 GEMV = Product("gemv", 2, 16, 32, False)
 GEMM = Product("int8", 16, 16, 32, False)
+FLOAT = Product("float", 16, 32, 32, True)
 GEMM_GATED = Product("int8", 16, 32, 32, True)
 SETTINGS = {
-    GEMV: Setting(PLAIN, 2), GEMM: Setting(PLAIN, 13), GEMM_GATED: Setting(GATED, 16)
+    GEMV: Setting(PLAIN, 2), GEMM: Setting(PLAIN, 13), GEMM_GATED: Setting(GATED, 16), FLOAT: Setting(GATED, 9)
 }  # fmt: skip
 FEW = [GemvTile(8, 32, 1, 1), GemvTile(4, 32, 1, 1)]
 MANY = [GemmTile(16, 16, 16, splits, 4, 3) for splits in (1, 2)]
-TILES: dict[Product, list[Tile]] = {GEMV: [*FEW], GEMM: [*MANY], GEMM_GATED: [*MANY]}
+TILES: dict[Product, list[Tile]] = {GEMV: [*FEW], GEMM: [*MANY], GEMM_GATED: [*MANY], FLOAT: [MANY[0]]}
 
 
 def timed(calls: Sequence[Callable[[], None]]) -> Sample:
@@ -45,7 +46,7 @@ def bench() -> Iterator[LinearBench]:
         yield bench
 
 
-@pytest.mark.parametrize("product", [GEMV, GEMM_GATED], ids=str)
+@pytest.mark.parametrize("product", [GEMV, GEMM_GATED, FLOAT], ids=str)
 def test_every_tile_of_a_product_is_timed(bench: LinearBench, product: Product) -> None:
     bench.compile([(product, tile) for tile in TILES[product]])
     for tile in TILES[product]:

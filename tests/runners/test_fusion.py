@@ -1,0 +1,93 @@
+"""When kernels are tuned as a model opens, and with what; the device is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import KernelsUnavailable
+from engine.graphs.cuda.decoder import STOCK
+from engine.graphs.cuda.fused import Fusion
+from engine.runners.fusion import Parts, open_fusion, wanted_fusion
+
+pytest.importorskip("triton")
+from engine.kernels import bridge, operators, tuning
+from engine.kernels.tiles import Tiles
+from tests.kernels.test_tuning import QWEN2_VL_2B
+
+BOTH = Fusion(linear=True, attention=True)
+
+
+class Opening:
+    """Opens a model's operators, and remembers in which order what was asked for."""
+
+    def __init__(self, storage: Path) -> None:
+        self.storage = storage
+        self.events: list[str] = []
+        self.tuned: dict[str, Any] = {}
+
+    def __call__(self, precision: str = "int8", parts: Parts | None = None) -> Fusion:
+        artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B), precision=precision)
+        config = EngineConfig(storage=self.storage, kernel_fusion="on", max_batch_size=24)
+        device = torch.device("cpu")
+        wanted = wanted_fusion(artifact, config, parts)
+        return open_fusion(wanted, artifact, config, torch.bfloat16, device, 1024 + 24, block_size=256, parts=parts)[0]
+
+    def keep_compiled(self, folder: Path) -> None:
+        assert folder.is_relative_to(self.storage)
+        self.events.append("keep compiled")
+
+    def try_out(self, device: operators.Device) -> None:
+        self.events.append("try out")
+
+    def tune(self, spec: object, **given: Any) -> Tiles:
+        self.events.append("tune")
+        self.tuned = given
+        return Tiles()
+
+
+@pytest.fixture
+def opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opening:
+    made = Opening(tmp_path)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(bridge, "unavailable", lambda folder: None)
+    monkeypatch.setattr(operators, "try_out", made.try_out)
+    monkeypatch.setattr("engine.kernels.compiled.keep_compiled", made.keep_compiled)
+    monkeypatch.setattr(tuning, "tuned_tiles", made.tune)
+    return made
+
+
+def test_kernels_are_tuned_for_the_steps_of_the_settings(opening: Opening) -> None:
+    assert opening() == BOTH
+    assert opening.events == ["keep compiled", "try out", "tune"], "what cannot be compiled is not tuned"
+    assert opening.tuned["decode_rows"] == {1, 2, 4, 8, 12, 16, 24}
+    assert opening.tuned["step_tokens"] == 1024 + 24
+    assert opening.tuned["budget"] == tuning.BUDGET_S < 60
+    assert opening.tuned["folder"] == opening.storage / "kernels"
+
+
+def test_a_bench_can_switch_tuning_off(opening: Opening) -> None:
+    opening(parts=Parts(BOTH, tuning=False))
+    assert opening.tuned["budget"] == 0
+    opening(parts=Parts(BOTH))
+    assert opening.tuned["budget"] == tuning.BUDGET_S
+
+
+def test_a_model_without_int8_weights_has_nothing_to_tune(opening: Opening) -> None:
+    assert opening("fp16") == Fusion(linear=False, attention=True)
+    assert opening.tuned["budget"] == 0
+
+
+def test_kernels_that_cannot_be_compiled_are_not_tuned(opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: object) -> None:
+        raise KernelsUnavailable("no compiler")
+
+    monkeypatch.setattr(operators, "try_out", fail)
+    assert opening() == STOCK
+    assert "tune" not in opening.events

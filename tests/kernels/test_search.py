@@ -112,6 +112,13 @@ def test_of_equals_the_first_candidate_is_chosen() -> None:
         assert run(bench, task(*choices))[NARROW].tile == choices[1]
 
 
+def test_of_equals_the_first_candidate_is_chosen_even_if_it_is_measured_later() -> None:
+    far, near = tile(depth=256, warps=8), tile(depth=256)
+    bench = FakeBench(by_tile({FIRST: 2.0, far: 1.0, near: 1.0}))
+    assert run(bench, task(FIRST, far, near))[NARROW].tile == far
+    assert [tile for _, tile in bench.compiled] == [FIRST, near, far]
+
+
 def test_a_hopeless_candidate_is_looked_at_once() -> None:
     slow, near = tile(depth=256), tile(warps=8)
     bench = FakeBench(by_tile({FIRST: 1.0, slow: HOPELESS + 0.01, near: HOPELESS - 0.01}))
@@ -167,16 +174,14 @@ def test_the_budget_is_kept_to_within_the_first_batch() -> None:
         assert budget - 2.0 < bench.now <= budget
 
 
-def test_defaults_come_first_and_then_the_most_important_products() -> None:
+def test_defaults_come_first_and_then_each_product_by_its_share() -> None:
     bench = FakeBench(by_tile({}), compile_s=1.0)
-    tasks = (
-        task(*candidates(NARROW), share=1.0),
-        task(*candidates(WIDE), product=WIDE, share=3.0),
-    )
-    run(bench, *tasks, budget=10.0, batch=2)
+    deep = Product("int8", 32, 1536, 8960, False)
+    tasks = task(*candidates(NARROW), share=1.0), task(*candidates(deep), product=deep, share=3.0)
+    run(bench, *tasks, budget=12.0, batch=2)
     asked = [product for product, _ in bench.compiled]
-    assert asked[:2] == [WIDE, NARROW]
-    assert asked.count(WIDE) == 7
+    assert asked[:2] == [deep, NARROW]
+    assert asked.count(deep) == 9
     assert asked.count(NARROW) == 3
 
 

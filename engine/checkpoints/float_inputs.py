@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Collection
-from pathlib import Path
 
 from engine.checkpoints.artifact import Artifact
+from engine.files import replace_file
 
 FILE = "float_inputs.json"
 _VERSION = 1  # raise it when they are chosen in another way
@@ -31,13 +29,6 @@ def write_float_inputs(artifact: Artifact, layers: frozenset[str]) -> None:
     file = artifact.folder / FILE
     text = json.dumps({"version": _VERSION, "digest": artifact.digest, "layers": sorted(layers)}, indent=1)
     try:
-        descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=f"{FILE}.")
-        try:
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(text)
-            Path(partial).replace(file)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        replace_file(file, text.encode())
     except OSError as error:
         _log.warning("%s cannot be written (%s); it is measured at every start", file, error.strerror)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from engine.checkpoints.artifact import Artifact
+from engine.files import replace_file
 
 FILE = "kv_ranges.bin"  # digest of what follows, then float32
 _VERSION = 1  # raise it when ranges are measured in another way
@@ -37,22 +35,9 @@ def write_kv_ranges(artifact: Artifact, ranges: NDArray[np.float32]) -> None:
     assert ranges.shape == _shape(artifact)
     payload = np.ascontiguousarray(ranges, "<f4").tobytes()
     try:
-        _replace(artifact.folder / FILE, _digest(artifact, payload) + payload)
+        replace_file(artifact.folder / FILE, _digest(artifact, payload) + payload)
     except OSError as error:
         _log.warning("%s cannot be written (%s); it is measured at every start", artifact.folder / FILE, error.strerror)
-
-
-def _replace(file: Path, data: bytes) -> None:
-    descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(partial).replace(file)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _digest(artifact: Artifact, payload: bytes) -> bytes:

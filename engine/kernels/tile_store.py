@@ -12,13 +12,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.files import replace_file
 from engine.kernels.search import Choice
 from engine.kernels.tiles import Product, candidates
 
@@ -143,19 +143,9 @@ class TileStore:
 
     def _replace(self, data: bytes) -> None:
         """Under another name and renamed; such names that a killed process left behind are removed."""
-        prefix = f".{self.file.name}."
-        for leftover in self._folder.glob(f"{prefix}*"):
+        for leftover in self._folder.glob(f".{self.file.name}.*"):
             leftover.unlink(missing_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=self._folder, prefix=prefix)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(partial).replace(self.file)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        replace_file(self.file, data)
 
 
 _KEY = ("activations", "kernel", "rows", "n", "k", "gate")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 from engine.graphs.cuda.fused import Fusion
 from engine.spec import FloatType
 from tests.cuda.paged import Paged, Part
+from tests.kernels.triton_tests import run_cases
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import Tiny, tiny, tiny_mrope
 
@@ -52,12 +50,4 @@ def test_three_positions_that_differ_turn_as_in_the_reference(tiny_mrope: Tiny) 
 
 
 def test_the_kernels_compute_what_the_graph_says_in_onnx_runtime() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    run_cases(CASES, interpreted=True)

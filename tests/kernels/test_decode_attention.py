@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from engine.kernels.attention.parameters import AttentionParameters, AttentionTile, default_tile, split_context
+from tests.kernels.triton_tests import compiled, run_cases, usage
 
 CASES = Path(__file__).with_name("decode_attention_cases.py")
 QWEN2_VL_2B = AttentionParameters(12, 2, 128, (16, 24, 24))
@@ -24,26 +22,14 @@ GEMMA = AttentionParameters(8, 1, 256)
 POINTERS = ("qkv", "key_cache", "value_cache", "cosine", "sine", "out", "scratch", "tickets")
 
 
-def run_cases(**environment: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-
-
 def test_interpreted_kernels_agree_with_float64() -> None:
-    run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_kernels_agree_with_float64() -> None:
-    run_cases()
+    run_cases(CASES, interpreted=False)
 
 
 @pytest.mark.parametrize("parameters", [QWEN2_VL_2B, QWEN3_VL_2B, SMOLVLM_256M, PHI_3, GEMMA])
@@ -84,14 +70,10 @@ def test_sizes_that_no_kernel_computes_are_refused(sizes: dict[str, Any]) -> Non
         AttentionParameters(**sizes)
 
 
-def compiled(
+def compiled_attention(
     parameters: AttentionParameters, tile: AttentionTile, name: str, int8: bool, page: int, capability: int
 ) -> Any:
     """The kernel for a GPU that need not be there, with splits."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from engine.kernels.attention.decode import decode_attention
     from engine.kernels.attention.launch import constants
 
@@ -104,24 +86,14 @@ def compiled(
     types |= {"positions": "*i32"} if parameters.mrope_section else {}
     types |= dict.fromkeys(("query_norm", "key_norm"), f"*{name}") if parameters.qk_norm_epsilon else {}
     types |= dict.fromkeys(("key_scale", "value_scale"), "*fp32") if int8 else {}
-    types |= {"columns": "i32", "tokens": "i32"}
     known = constants(parameters, tile, dtype, cache, page, split=True)
-    signature = {argument: types.get(argument, "constexpr") for argument in decode_attention.arg_names}
-    fixed = {(index,): known.get(key) for index, key in enumerate(signature) if key not in types}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, key in enumerate(signature) if key in POINTERS}
-    source = ASTSource(decode_attention, signature, fixed, aligned)
-    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def usage(kernel: Any, folder: Path) -> dict[str, int]:
-    import triton
-
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.kernel)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    said = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return compiled(
+        *(decode_attention, types, ("columns", "tokens"), known, capability),
+        unaligned=types.keys() - set(POINTERS),
+        num_warps=tile.warps,
+        num_stages=1,
+        maxnreg=tile.registers,
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +112,7 @@ def test_default_tiles_compile_and_leave_room(
     parameters: AttentionParameters, batch: int, page: int, int8: bool, name: str, capability: int, tmp_path: Path
 ) -> None:
     tile = default_tile(parameters, batch, 2048, 132, int8=int8)
-    kernel = compiled(parameters, tile, name, int8, page, capability)
+    kernel = compiled_attention(parameters, tile, name, int8, page, capability)
     used = usage(kernel, tmp_path)
     assert kernel.metadata.shared <= 40 * 1024  # four on a multiprocessor
     assert used["LOCAL"] == 0

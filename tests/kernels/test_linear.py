@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +19,7 @@ from engine.kernels.tiles import (
     default_gemm,
     default_gemv,
 )
+from tests.kernels.triton_tests import assert_no_spills, compiled, run_cases
 
 pytest.importorskip("triton")
 CASES = Path(__file__).with_name("linear_cases.py")
@@ -29,53 +27,19 @@ CHIPS = [("fp16", 80), ("bf16", 90)]  # the type, and the compute capability
 SHARED = {80: 163 * 1024, 90: SHARED_BYTES}
 
 
-def run_cases(**environment: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-
-
 def test_interpreted_kernels_agree_with_float64() -> None:
-    run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_kernels_agree_with_float64() -> None:
-    run_cases()
-
-
-def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int, **options: int) -> Any:
-    """The kernel for a GPU that need not be there. Arguments that are named nowhere are None."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = pointers | {"rows": "i32"}
-    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    known = {(index,): constants.get(key) for index, key in enumerate(signature) if key not in types}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, key in enumerate(signature) if key in pointers}
-    source = ASTSource(kernel, signature, known, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    run_cases(CASES, interpreted=False)
 
 
 def assert_fits(kernel: Any, capability: int, folder: Path) -> None:
-    import triton
-
     assert kernel.metadata.shared <= SHARED[capability]
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.kernel)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
-    assert found, usage
-    assert found[2] == found[3] == "0", f"{found[0]}: registers were spilled"
+    assert_no_spills(kernel, folder)
 
 
 @pytest.mark.parametrize(("dtype", "capability"), CHIPS)
@@ -98,7 +62,7 @@ def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
     pointers |= {"norm_weight": f"*{dtype}"} if norm != "none" else {}
     constants = {"N": n, "K": k, "NORM": norm, "EPSILON": 1e-6, "ACTIVATION": activation, "ROWS": rows}
     constants |= {"OUTPUTS": tile.outputs, "DEPTH": tile.depth, "UNROLL": tile.unroll}
-    kernel = compiled(gemv, pointers, constants, capability, num_warps=tile.warps)
+    kernel = compiled(gemv, pointers, ["rows"], constants, capability, num_warps=tile.warps)
     assert_fits(kernel, capability, tmp_path)
     weights, rest = kernel.asm["ptx"].split("bar.sync", maxsplit=1)
     early = re.findall(r"ld\.global[\w.:]*", weights)
@@ -133,7 +97,7 @@ def test_a_gemm_compiles_to_tensor_cores_and_spills_nothing(
     pointers |= {"parts": "*i32" if kernel == "int8" else "*fp32", "tickets": "*i32"} if tile.splits > 1 else {}
     constants = {"N": n, "K": k, "ACTIVATION": activation, "OUTPUTS": tile.outputs, "TOKENS": tile.tokens}
     constants |= {"DEPTH": tile.depth, "SPLITS": tile.splits}
-    built = compiled(gemm, pointers, constants, capability, num_warps=tile.warps, num_stages=tile.stages)
+    built = compiled(gemm, pointers, ["rows"], constants, capability, num_warps=tile.warps, num_stages=tile.stages)
     assert_fits(built, capability, tmp_path)
     instruction = {80: r"mma\.sync", 90: r"wgmma\.mma_async"}[capability]
     types = r"s32\.s8\.s8" if kernel == "int8" else rf"f32\.{dtype.replace('fp', 'f')}"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -19,6 +16,7 @@ from engine.kernels.tiles import GEMV_ROWS, SHARED_BYTES, Product, Tile, candida
 from engine.runtime.cuda.buckets import Buckets
 from engine.spec import DecoderSpec, RopeSpec
 from tests.kernels.test_search import FakeBench
+from tests.kernels.triton_tests import run_cases
 
 pytest.importorskip("triton")
 from engine.kernels import tuning
@@ -40,17 +38,8 @@ def plan(slots: int = 32, spec: DecoderSpec = QWEN2_VL_2B, step_tokens: int | No
     return plan_for(spec, rows, 1024 + slots if step_tokens is None else step_tokens)
 
 
-def run_cases(**environment: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-
-
 def test_tiles_are_timed_and_checked_interpreted() -> None:
-    run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.parametrize(("slots", "products", "compared"), [(1, 61, 12), (8, 67, 14), (32, 69, 15), (128, 71, 15)])

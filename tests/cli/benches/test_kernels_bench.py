@@ -3,9 +3,6 @@ there."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,32 +20,21 @@ from engine.replica import Replica
 from engine.runners.fusion import Parts
 from tests.cli.benches.conftest import Bench
 from tests.cuda.fake_device import FakeGpu
+from tests.kernels.triton_tests import run_cases
 
 CASES = Path(__file__).with_name("kernel_bench_cases.py")
 DEMO = Path(__file__).resolve().parents[3] / "demo"
 
 
-def run_cases(**environment: str) -> None:
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(CASES)],
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-
-
 def test_interpreted_kernels_compute_what_they_are_compared_with() -> None:
-    run_cases(TRITON_INTERPRET="1")
+    pytest.importorskip("triton")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_and_what_they_are_compared_with_are_captured_and_timed() -> None:
-    run_cases()
+    run_cases(CASES, interpreted=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from PIL import Image as Picture
 from engine.checkpoints import Artifact
 from engine.checkpoints.kv_ranges import read_kv_ranges, write_kv_ranges
 from engine.graphs.cuda import CudaGraph, cuda_decoder
-from engine.graphs.cuda.decoder import STOCK
-from engine.graphs.cuda.fused import Fusion
+from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.preprocess import image_processor
 from engine.prompts import PromptBuilder
 from engine.request import Image, Message, Text
@@ -24,7 +23,7 @@ from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.session import GraphSession
 from engine.runtime.cuda.step import PackedStep
 from engine.runtime.cuda.weights import torch_type
-from engine.spec import FloatType, ModelSpec
+from engine.spec import DecoderSpec, FloatType, ModelSpec
 
 _TEXT_TOKENS = 512
 _BLOCK = 256  # tokens; any size does
@@ -91,21 +90,28 @@ def _measured(
     device: torch.device,
     fusion: Fusion,
 ) -> NDArray[np.float32]:
-    count = len(step.ids)
-    decoder = PagedDecoder(
-        *(open_session(cuda_decoder(artifact, activations, count, fusion=fusion)), artifact.spec.decoder),
-        torch.zeros(2, dtype=torch.int32, device=device),
-        dtype=torch_type(activations),
-        blocks=step.tables.shape[1] + 1,
-        block_size=_BLOCK,
-        slots=1,
-        context_length=count,
-        step_tokens=count,
-    )
+    session = open_session(cuda_decoder(artifact, activations, len(step.ids), fusion=fusion))
+    decoder = calibration_decoder(session, artifact.spec.decoder, step, torch_type(activations), device)
     try:
         return measure_ranges(decoder, step)
     finally:
         decoder.close()
+
+
+def calibration_decoder(
+    session: GraphSession, spec: DecoderSpec, step: PackedStep, dtype: torch.dtype, device: torch.device
+) -> PagedDecoder:
+    """With memory for the one sequence of `step`, a `calibration_step`, and the logits that it asks for."""
+    count, slots = len(step.ids), len(step.slots)
+    return PagedDecoder(
+        *(session, spec, torch.zeros(slots + 1, dtype=torch.int32, device=device)),
+        dtype=dtype,
+        blocks=step.tables.shape[1] + 1,
+        block_size=_BLOCK,
+        slots=slots,
+        context_length=count,
+        step_tokens=count,
+    )
 
 
 def calibration_tokens(folder: Path, spec: ModelSpec) -> int:

@@ -22,9 +22,8 @@ from engine.checkpoints import Artifact
 from engine.checkpoints.float_inputs import read_float_inputs, write_float_inputs
 from engine.graphs.cuda import CudaGraph
 from engine.graphs.cuda.rounded import ROUNDED, linear_names, rounded_decoder
-from engine.runners.calibration import calibration_step
+from engine.runners.calibration import calibration_decoder, calibration_step
 from engine.runners.cuda import VisionTower
-from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.step import PackedStep
 from engine.runtime.cuda.weights import torch_type
@@ -33,7 +32,6 @@ from engine.spec import FloatType
 BUDGET = 0.0025
 """Nats a token: a quarter of the 1 % of perplexity that int8 may cost in all. Weights take about half a per cent."""
 
-_BLOCK = 256  # tokens; any size does
 _ROWS = 64  # of logits that are compared at once
 _log = logging.getLogger("engine.runners")
 
@@ -120,21 +118,12 @@ class Rounding:
         device: torch.device,
         names: tuple[str, ...],
     ) -> None:
-        count = len(step.ids)
         self._step = _text_logits(step)
         self._names = names
         self._flags = torch.zeros(len(names), dtype=torch.int32, device=device)
-        session = open_session(rounded_decoder(artifact, activations, count))
-        self._decoder = PagedDecoder(
-            *(_WithInput(session, self._flags), artifact.spec.decoder),
-            torch.zeros(count + 1, dtype=torch.int32, device=device),
-            dtype=torch_type(activations),
-            blocks=step.tables.shape[1] + 1,
-            block_size=_BLOCK,
-            slots=count,
-            context_length=count,
-            step_tokens=count,
-        )
+        session = _WithInput(open_session(rounded_decoder(artifact, activations, len(step.ids))), self._flags)
+        dtype = torch_type(activations)
+        self._decoder = calibration_decoder(session, artifact.spec.decoder, self._step, dtype, device)
         self._exact = self.logits(frozenset()).clone()
 
     def divergence(self, rounded: frozenset[str]) -> float:

@@ -14,8 +14,7 @@ from engine.checkpoints import Artifact
 from engine.config import EngineConfig
 from engine.errors import KernelsUnavailable
 from engine.graphs.builder import TESSERA
-from engine.graphs.cuda.decoder import STOCK
-from engine.graphs.cuda.fused import Fusion
+from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.runtime.cuda.buckets import Buckets
 from engine.runtime.cuda.capture import allow_beside_capture
 from engine.spec import DecoderSpec

@@ -88,7 +88,7 @@ def _open(
         dtype=dtype,
         slots=slots,
         step_tokens=step_tokens,
-        paged=activations != "float32",
+        paged=sessions.paged,
         cache_scales=sessions.cache_scales,
         decoding=sessions.decoding,
     )

@@ -25,9 +25,12 @@ from engine.spec import FloatType
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """`decoding` runs captured decode steps where they have a graph of their own; `cache_scales` belong to int8 KV."""
+    """`decoding` runs captured decode steps where they have a graph of their own; `cache_scales` belong to int8 KV.
+    `paged` as the graphs were made.
+    """
 
     packed: CudaSession
+    paged: bool
     decoding: CudaSession | None
     tower: CudaEncoder | None
     cache_scales: Mapping[str, torch.Tensor] | None
@@ -63,14 +66,15 @@ def open_sessions(
     int8_cache = config.kv_precision == "int8"
     scales = scale_inputs(kv_ranges(*measured, fusion), device) if int8_cache else None
     torch.cuda.empty_cache()  # what measuring took
+    paged = activations != "float32"  # PagedAttention has no kernel for it
     make_graph = partial(
         cuda_decoder,
         *(artifact, activations, spec.decoder.context_length),
-        paged=activations != "float32",  # for which PagedAttention has no kernel
+        paged=paged,
         int8_cache=int8_cache,
         fusion=fusion,
     )
     packed = open_session(make_graph())
     decoding = open_session(make_graph(decode=True)) if fusion.attention else None
     weight_bytes = weights.nbytes + (tower.weight_bytes if tower is not None else 0)
-    return Sessions(packed, decoding, tower, scales, fusion, weight_bytes)
+    return Sessions(packed, paged, decoding, tower, scales, fusion, weight_bytes)

@@ -12,8 +12,7 @@ from engine.config import EngineConfig
 from engine.device import Devices, Gpu, resolve
 from engine.engine import Engine
 from engine.graphs.cuda import CudaGraph, cuda_decoder
-from engine.graphs.cuda.decoder import STOCK
-from engine.graphs.cuda.fused import Fusion
+from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.graphs.cuda.tower import cuda_tower
 from engine.replica import Replica
 from engine.runners.cuda import CudaRunner

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.graphs.cuda import CudaGraph, cuda_decoder
-from engine.graphs.cuda.decoder import STOCK
-from engine.graphs.cuda.fused import Fusion
+from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.session import GraphSession
 from engine.runtime.cuda.step import PackedStep

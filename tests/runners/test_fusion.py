@@ -11,8 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import KernelsUnavailable
-from engine.graphs.cuda.decoder import STOCK
-from engine.graphs.cuda.fused import Fusion
+from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.runners.fusion import Parts, open_fusion, wanted_fusion
 
 pytest.importorskip("triton")

@@ -8,16 +8,14 @@ import onnx_ir as ir
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.attention import PagedAttention
-from engine.graphs.cuda.fused import FusedDecodeAttention, FusedLayers, Fusion
+from engine.graphs.cuda.fused import STOCK, FusedDecodeAttention, FusedLayers, Fusion
 from engine.graphs.cuda.inputs import StepInputs
 from engine.graphs.cuda.linear import cuda_linears
 from engine.graphs.cuda.unfused import UnfusedAttention
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
 from engine.graphs.decoder import decoder_graph
 from engine.graphs.dialect import DecoderAttention, Residual
-from engine.spec import FloatType
-
-STOCK = Fusion(linear=False, attention=False)
+from engine.spec import DecoderSpec, FloatType
 
 
 def cuda_decoder(
@@ -52,6 +50,13 @@ def cuda_decoder(
         attention = FusedDecodeAttention(builder, spec, positions, int8_cache=int8_cache)
     else:
         attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache)
+    return assembled(builder, spec, layers, attention)
+
+
+def assembled(
+    builder: CudaBuilder, spec: DecoderSpec, layers: StockLayers | FusedLayers, attention: DecoderAttention
+) -> CudaGraph:
+    """The graph from tokens to logits and caches."""
     rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
     logits = decoder_graph(layers, attention, spec, layers.tokens(), rows)
     builder.output(logits, StepInputs.LOGITS, builder.dtype.type)

@@ -36,6 +36,10 @@ class Fusion:
     float_inputs: frozenset[str] = frozenset()
 
 
+STOCK = Fusion(linear=False, attention=False)
+"""All operators are ONNX Runtime's own."""
+
+
 class FusedLayers:
     """Implements `DecoderLayers` for int8 weights: norm, product, bias, gate and residual are one node."""
 

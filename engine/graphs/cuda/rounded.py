@@ -7,10 +7,9 @@ import onnx_ir as ir
 
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.cuda.attention import PagedAttention
+from engine.graphs.cuda.decoder import assembled
 from engine.graphs.cuda.fused import Activation, FusedLayers
-from engine.graphs.cuda.inputs import StepInputs
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
-from engine.graphs.decoder import decoder_graph
 from engine.spec import DecoderSpec, FloatType
 
 ROUNDED = "rounded"
@@ -29,12 +28,8 @@ def rounded_decoder(artifact: Artifact, activations: FloatType, positions: int) 
     """As `cuda_decoder` makes with fused linear layers, over the same weights, and with the input ROUNDED."""
     spec = artifact.spec.decoder
     builder = CudaBuilder(artifact, activations)
-    layers = RoundedLayers(builder, artifact)
     attention = PagedAttention(builder, spec, positions, int8_cache=False)
-    rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
-    builder.output(decoder_graph(layers, attention, spec, layers.tokens(), rows), StepInputs.LOGITS, builder.dtype.type)
-    attention.output_cache()
-    return builder.graph()
+    return assembled(builder, spec, RoundedLayers(builder, artifact), attention)
 
 
 class RoundedLayers(FusedLayers):

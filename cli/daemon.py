@@ -75,7 +75,7 @@ class Session:
 
     def put(self, message: object) -> None:
         """Called by the reading thread; waits while the buffer is full, and so do all other sessions."""
-        while self._messages.qsize() >= self.buffer and not (self.closed or self.daemon.stopping):
+        while self._messages.qsize() >= self.buffer and not (self.closed or self.daemon.is_over):
             time.sleep(0.001)
         if not self.closed:
             self._messages.put(message)
@@ -180,6 +180,11 @@ class Daemon:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def is_over(self) -> bool:
+        """The process was stopped, or killed for breaking a rule; its open sessions are about to fail."""
+        return self.stopping or self.killed_for is not None
 
     @property
     def stderr_tail(self) -> str:

@@ -162,6 +162,17 @@ def test_a_full_buffer_of_one_session_holds_up_the_others(start: Start) -> None:
         assert [answer["value"] for answer in quick] == [9]
 
 
+def test_a_plugin_killed_behind_a_full_buffer_fails_its_requests(start: Start) -> None:
+    """A caller who does not read holds up every line, the heartbeat's too: to the daemon that is silence."""
+    body = "s, d = next(requests())\nfor n in range(9):\n  stream(s, n)\nsys.stdin.read()"
+    with start(body, Rules(silence_s=0.2)) as daemon:
+        unread, other = daemon.send({}, buffer=2), daemon.send({}, buffer=2)
+        with pytest.raises(PluginCrashed, match=r"silent for 0\.2 s"):
+            list(other)
+        with pytest.raises(PluginCrashed, match=r"silent for 0\.2 s"):
+            list(unread)
+
+
 def test_leaving_a_session_is_not_told_to_the_plugin_and_its_answers_are_dropped(start: Start) -> None:
     body = "for s, d in requests():\n  for n in range(20):\n    stream(s, n); time.sleep(0.01)\n  end(s)"
     with start(body) as daemon:

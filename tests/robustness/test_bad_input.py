@@ -7,12 +7,13 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli.daemon import Daemon, PluginError
+from cli.daemon import Daemon, PluginError, Session
 from tests.end_to_end.asking import about, picture, text_of
 from tests.robustness.conftest import QUESTION, Works
 
@@ -245,18 +246,43 @@ def test_a_checkpoint_folder_works_once_it_is_repaired(plugin: Daemon, brought: 
     assert text_of(plugin.invoke_llm(messages, model="repaired")).strip() == "circle"
 
 
-def test_a_full_queue_and_a_passed_deadline_say_so(plugin: Daemon, storage: Path, works: Works) -> None:
-    narrow = {"storage": str(storage), "max_batch_size": "1", "max_waiting": "1", "threads": "1"}
-    narrow |= {"request_timeout_s": "4", "cache_enabled": "false"}
+def _endings(plugin: Daemon, requests: int, form: dict[str, str]) -> list[PluginError | None]:
+    """How long answers asked for at once end, every stream read as it comes."""
     long = {"max_tokens": 4000, "ignore_eos": True, "temperature": 1.0}
-    text_of(plugin.invoke_llm(about(picture(), QUESTION), credentials=narrow))  # loads the model
-    endless = [plugin.invoke_llm(about(picture(), str(number)), long, credentials=narrow) for number in range(2)]
-    next(iter(endless[0]))  # both have been accepted: the line is in order
-    error = _refused(
-        plugin, about(picture(), QUESTION), "the queue is full (1 waiting)", "max_waiting", credentials=narrow
-    )
-    assert error.kind == "InvokeRateLimitError"
-    with pytest.raises(PluginError, match="time limit"):
-        text_of(endless[1])
-    assert text_of(plugin.invoke_llm(about(picture(), QUESTION), credentials=narrow)).strip() == "circle"
+    sessions = [plugin.invoke_llm(about(picture(), str(n)), long, credentials=form) for n in range(requests)]
+
+    def ending(session: Session) -> PluginError | None:
+        try:
+            text_of(session)
+        except PluginError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(requests) as readers:
+        return list(readers.map(ending, sessions))
+
+
+@pytest.fixture
+def one_by_one(storage: Path) -> dict[str, str]:
+    """A form whose engine computes one request at a time and none of them for long."""
+    return {"storage": str(storage), "max_batch_size": "1", "request_timeout_s": "4", "threads": "1"}
+
+
+def test_a_full_queue_says_so(plugin: Daemon, one_by_one: dict[str, str], works: Works) -> None:
+    form = one_by_one | {"max_waiting": "1"}
+    text_of(plugin.invoke_llm(about(picture(), QUESTION), credentials=form))  # loads the model
+    errors = [error for error in _endings(plugin, 8, form) if error is not None and "queue" in str(error)]
+    assert len(errors) == 6  # one runs, one waits; which of the eight is first is not promised
+    assert {error.kind for error in errors} == {"InvokeRateLimitError"}
+    assert {str(error) for error in errors} == {"the queue is full (1 waiting); try again or raise max_waiting"}
+    assert text_of(plugin.invoke_llm(about(picture(), QUESTION), credentials=form)).strip() == "circle"
+    works()
+
+
+def test_a_passed_deadline_says_so(plugin: Daemon, one_by_one: dict[str, str], works: Works) -> None:
+    text_of(plugin.invoke_llm(about(picture(), QUESTION), credentials=one_by_one))
+    errors = [error for error in _endings(plugin, 32, one_by_one) if error is not None]
+    assert errors  # 128,000 tokens, one at a time, are more than any machine computes in 4 s
+    assert [error for error in errors if "time limit" not in str(error)] == []
+    assert text_of(plugin.invoke_llm(about(picture(), QUESTION), credentials=one_by_one)).strip() == "circle"
     works()

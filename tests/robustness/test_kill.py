@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from cli.daemon import Daemon, PluginCrashed, PluginError, Session
+from cli.daemon import Daemon, PluginCrashed, PluginError, Rules, Session
 from engine.checkpoints import Artifact, Checkpoint
 from tests.end_to_end.asking import about, children_of, is_gone, picture, text_of
 from tests.robustness.conftest import QUESTION, ROOT
 
 SHAPES = ("circle", "rectangle")
 LONG = {"max_tokens": 1500, "ignore_eos": True}
+UNREAD = Rules(stream_buffer=1 << 20)  # streams that run while nobody reads them must not hold each other up
 BOUND_S = 10.0  # generous: what is measured is printed, a busy machine is no failure
 Pictures = Callable[[], tuple[str, bytes]]
 
@@ -41,7 +42,7 @@ def test_a_plugin_killed_at_any_moment_loses_nothing(tmp_path: Path, kills: int)
         if moment is _while_it_converts:
             shutil.rmtree(storage / "artifacts", ignore_errors=True)
         with contextlib.ExitStack() as stack:
-            plugin = Daemon(ROOT, env={"TMPDIR": str(temporary)}, credentials=form)
+            plugin = Daemon(ROOT, env={"TMPDIR": str(temporary)}, credentials=form, rules=UNREAD)
             stack.callback(plugin.kill)
             moment(plugin, storage, chance, number)
             engines = children_of(plugin.pid)
@@ -151,7 +152,7 @@ def test_two_plugins_on_one_folder_one_killed_while_it_converts(tmp_path: Path) 
 def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A plugin whose engine may be killed."""
     form = {"storage": str(tmp_path_factory.mktemp("mortal"))}
-    with Daemon(ROOT, env={"HEARTBEAT_INTERVAL": "0.5"}, credentials=form) as running:
+    with Daemon(ROOT, env={"HEARTBEAT_INTERVAL": "0.5"}, credentials=form, rules=UNREAD) as running:
         yield running
 
 
@@ -195,7 +196,7 @@ def _assert_all_end(plugin: Daemon, sessions: list[Session]) -> None:
 
 def test_the_engine_of_a_killed_plugin_is_gone_while_it_loads_and_while_it_streams(tmp_path: Path) -> None:
     for streaming in (False, True):
-        with Daemon(ROOT, credentials={"storage": str(tmp_path)}) as plugin:
+        with Daemon(ROOT, credentials={"storage": str(tmp_path)}, rules=UNREAD) as plugin:
             sessions = [plugin.invoke_llm(about(picture(), str(number)), LONG) for number in range(8)]
             _wait(lambda: all(one.arrivals for one in sessions) if streaming else bool(children_of(plugin.pid)))  # noqa: B023
             (engine,) = children_of(plugin.pid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -98,7 +100,13 @@ class CpuDecoderAttention:
         self._longest = builder.input(DecoderInputs.LONGEST, np.int32, [])
         rope = spec.rope
         self._positions = builder.input(DecoderInputs.POSITIONS, np.int64, [3, "B", "S"]) if rope.axes == 3 else None
-        self._rotary = rotary_tables(builder, rope, capacity, np.float32)
+        # Queries and keys carry the root of the scores' scale each, so that attention multiplies by 1: with any other
+        # factor MLAS does not take its kernel for a single query, and transposes all keys instead.
+        scaled = replace(rope, attention_scale=rope.attention_scale * spec.head_dim**-0.25)
+        self._rotary = rotary_tables(builder, scaled, capacity, np.float32)
+        # A sink adds its exponential to the sum of a softmax: this one nothing. It is there because the operator's
+        # tiled kernel, half as fast for a single query, does not know sinks.
+        self._sink = builder.constant([-np.inf] * spec.heads, np.float32)
         self._presents: list[tuple[str, ir.Value]] = []
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
@@ -112,9 +120,11 @@ class CpuDecoderAttention:
         output, *present = builder.ops(
             "GroupQueryAttention",
             *(query, key, value, *past, self._last, self._longest),
-            *(self._rotary if rotate_inside else ()),
+            *(self._rotary if rotate_inside else (None, None)),
+            *(None, None, self._sink),
             outputs=3,
             domain=MICROSOFT,
+            scale=1.0,
             num_heads=spec.heads,
             kv_num_heads=spec.kv_heads,
             do_rotary=int(rotate_inside),

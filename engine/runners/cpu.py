@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.preprocess import ImageInput
+from engine.runners.shared_work import SharedWork
 from engine.runtime import Decoder, Encoder
 from engine.sampling import NO_TOKEN, sample
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
@@ -30,12 +31,22 @@ class FinishedStep:
 
 
 class CpuRunner:
-    """Implements `Runner`. The tower takes as long as many steps, and the decoder leaves cores free."""
+    """Implements `Runner`. The tower takes as long as many steps, and the decoder leaves cores free.
+
+    `prefill_threads` of them compute prompts while the step's decode call runs.
+    """
 
     lag = 0
 
     def __init__(
-        self, spec: ModelSpec, decoder: Decoder, encoder: Encoder | None, *, weight_bytes: int, kv_bytes: int
+        self,
+        spec: ModelSpec,
+        decoder: Decoder,
+        encoder: Encoder | None,
+        *,
+        prefill_threads: int,
+        weight_bytes: int,
+        kv_bytes: int,
     ) -> None:
         self._spec = spec
         self.decoder = decoder
@@ -44,15 +55,12 @@ class CpuRunner:
         self._weight_bytes = weight_bytes
         self._kv_bytes = kv_bytes
         self._encoding = ThreadPoolExecutor(1, "engine-encode")
+        self._prefilling = ThreadPoolExecutor(max(1, prefill_threads), "engine-prefill")
+        self._prefill_threads = prefill_threads
 
     def launch(self, plan: StepPlan) -> FinishedStep:
         sampled = plan.sampled
-        logits: list[NDArray[np.float32]] = []
-        if plan.decode:
-            decoded = self._decode(plan.decode)
-            current = [row for row, sequence in enumerate(plan.decode) if sequence.computed + 1 == sequence.length]
-            logits.append(decoded if len(current) == len(decoded) else decoded[current])
-        logits += [self._prefill(chunk) for chunk in plan.prefill]
+        logits = self._logits(plan)
         tokens = self._sample(logits, sampled)
         plan.advance(sampled)
         return FinishedStep(sampled, tokens)
@@ -75,14 +83,33 @@ class CpuRunner:
 
     def close(self) -> None:
         self._encoding.shutdown(cancel_futures=True)
+        self._prefilling.shutdown()
+
+    def _logits(self, plan: StepPlan) -> list[NDArray[np.float32]]:
+        """[B, vocab] of the decoding sequences that get a token now, then [1 or 0, vocab] of each chunk."""
+        prefill = SharedWork(self._prefill, plan.prefill)
+        for chunk in plan.prefill:
+            assert chunk.sequence.row is not None
+            self.decoder.announce(chunk.sequence.row, chunk.stop)
+        idle = min(self._prefill_threads, len(plan.prefill) - (not plan.decode))
+        helpers = [self._prefilling.submit(prefill.run) for _ in range(idle)]
+        try:
+            decoded = [self._decode(plan.decode)] if plan.decode else []
+            prefill.run()
+        finally:
+            wait(helpers)  # they write to rows, which a failed step gives back
+        for helper in helpers:
+            helper.result()
+        return decoded + prefill.results
 
     def _sample(self, logits: list[NDArray[np.float32]], sequences: list[Sequence]) -> list[int]:
         if not sequences:
             return []
         stacked = logits[0] if len(logits) == 1 else np.concatenate(logits)
         if endless := [row for row, sequence in enumerate(sequences) if sequence.sampler.params.ignore_eos]:
+            starts = np.array(endless) * stacked.shape[1]
             for token in self._eos:
-                stacked[endless, token] = -np.inf
+                stacked.reshape(-1)[starts + token] = -np.inf
         tokens: list[int] = sample(stacked, [sequence.sampler for sequence in sequences]).tolist()
         for sequence, token in zip(sequences, tokens, strict=True):
             if token != NO_TOKEN:
@@ -105,12 +132,14 @@ class CpuRunner:
         )
 
     def _decode(self, sequences: list[Sequence]) -> NDArray[np.float32]:
-        """Logits [B, vocab] of each sequence's next token."""
+        """Logits [R, vocab] of the sequences whose newest token is the last that is known."""
         lengths = np.array([sequence.computed for sequence in sequences], np.int64)
         positions = lengths + np.array([sequence.prompt.position_delta for sequence in sequences], np.int64)
-        return self.decoder.decode(
+        logits = self.decoder.decode(
             [sequence.row for sequence in sequences if sequence.row is not None],
             np.array([sequence.next_token for sequence in sequences], np.int64),
             np.broadcast_to(positions, (self._spec.decoder.rope.axes, len(sequences))),
             lengths,
         )
+        current = [row for row, sequence in enumerate(sequences) if sequence.computed + 1 == sequence.length]
+        return logits if len(current) == len(logits) else logits[current]

@@ -15,6 +15,7 @@ from engine.scheduling.scheduler import Scheduler, StepLimits
 _SMALL_MODEL_BYTES = 64 * 2**20
 _IMAGE_TOKENS = 64  # of one encoder batch: a larger one only keeps the first image waiting for the last
 _PREFILL_TOKENS = 256
+_PREFILL_THREADS = 3  # beside the step loop's own: a step's budget of prompts feeds no more
 
 
 def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
@@ -23,6 +24,7 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
     blocks = config.kv_cache_mib * 2**20 // (spec.decoder.kv_bytes_per_token * BLOCK)
     context_length = min(spec.decoder.context_length, blocks * BLOCK)
     threads = config.threads or _threads(artifact)
+    idle = 0 if config.threads else _cores() - threads
     decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
     encoder = Encoder(artifact, threads=threads) if spec.vision else None
     limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=True)
@@ -34,6 +36,7 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
             spec,
             decoder,
             encoder,
+            prefill_threads=min(_PREFILL_THREADS, idle),
             weight_bytes=artifact.weight_bytes,
             kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
         ),
@@ -44,4 +47,8 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
 
 def _threads(artifact: Artifact) -> int:
     """One core for a small model: its operators are over before a second thread has woken up to help."""
-    return 1 if artifact.weight_bytes < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+    return 1 if artifact.weight_bytes < _SMALL_MODEL_BYTES else _cores()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -22,9 +22,9 @@ _KEPT_BYTES = 2**20  # of an empty row
 class Decoder:
     """One ONNX Runtime session and the KV memory of `rows` sequences of up to `context_length` tokens.
 
-    One thread at a time. A row's logits do not depend, to the bit, on the rows beside it, on how its prompt was cut
-    into chunks, or on whether its KV was computed or put back by `write_kv`; a token computed by `decode` differs in
-    the last bits from the same token computed by `prefill`.
+    One thread at a time, but for `prefill` of rows that were announced. A row's logits do not depend, to the bit, on
+    the rows beside it, on how its prompt was cut into chunks, or on whether its KV was computed or put back by
+    `write_kv`; a token computed by `decode` differs in the last bits from the same token computed by `prefill`.
     """
 
     def __init__(self, artifact: Artifact, *, rows: int, context_length: int, threads: int) -> None:
@@ -35,7 +35,16 @@ class Decoder:
         self._memory = KVMemory(self.spec, rows, context_length + 1)
         self._session = open_session(cpu_decoder(artifact, self._memory.capacity), artifact, threads)
         self._lengths = np.zeros(rows, np.int32)
-        self._bindings: dict[tuple[int, int], RowBinding] = {}
+        self._prefills: dict[int, RowBinding] = {}
+        self._decodes: dict[tuple[int, int], RowBinding] = {}
+
+    def announce(self, row: int, stop: int) -> None:
+        """Say before a step that `row` will be filled up to `stop`.
+
+        Its `prefill` may then run on another thread, beside those of other rows and one `decode`, which writes what
+        nobody reads to the rows between its own, behind their last token.
+        """
+        self._lengths[row] = stop
 
     def prefill(
         self,
@@ -61,11 +70,13 @@ class Decoder:
         replaced = np.flatnonzero(feature_index >= 0)
         ids = token_ids.astype(np.int64)
         ids[replaced] = 0
-        # Attention takes queries in blocks of an even number, and a block that ends up with one query sums in another
-        # order than the rest. An even count leaves no such block. The last token is given once more; that lands behind
-        # the chunk, where the next one will overwrite it.
-        given = np.minimum(np.arange(count + count % 2), count - 1)
-        binding = self._binding(row, 1)
+        # Products of one row sum in another order than those of several. The last token is given once more; that lands
+        # behind the chunk, where the next one will overwrite it.
+        given = np.minimum(np.arange(max(2, count)), count - 1)
+        self.announce(row, start + count)
+        binding = self._prefills.get(row)
+        if binding is None:
+            binding = self._prefills[row] = RowBinding(self._session, self.spec, self._memory, row, 1)
         binding.prefill(
             ids[given],
             replaced,
@@ -74,7 +85,6 @@ class Decoder:
             start + len(given) - 1,
         )
         result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
-        self._lengths[row] = start + count
         return result if logits else result[:0]
 
     def decode(
@@ -94,8 +104,8 @@ class Decoder:
         chosen = np.asarray(rows, np.int64)
         first, count = int(chosen.min()), int(chosen.max() - chosen.min()) + 1
         places = chosen - first
-        binding = self._binding(first, count)
-        self._lengths[chosen] = lengths
+        binding = self._decode_binding(first, count)
+        self._lengths[chosen] = lengths.astype(np.int32)  # numpy lets go of the interpreter to convert on the way
         binding.decode(places, token_ids, positions, self._lengths[first : first + count])
         result = binding.logits(places)
         self._lengths[chosen] += 1
@@ -119,11 +129,11 @@ class Decoder:
             self._memory.release(row)
         self._lengths[row] = 0
 
-    def _binding(self, first: int, count: int) -> RowBinding:
-        binding = self._bindings.pop((first, count), None)
+    def _decode_binding(self, first: int, count: int) -> RowBinding:
+        binding = self._decodes.pop((first, count), None)
         if binding is None:
             binding = RowBinding(self._session, self.spec, self._memory, first, count)
-            if len(self._bindings) >= _BINDINGS:
-                del self._bindings[next(iter(self._bindings))]
-        self._bindings[first, count] = binding  # last in order of use
+            if len(self._decodes) >= _BINDINGS:
+                del self._decodes[next(iter(self._decodes))]
+        self._decodes[first, count] = binding  # last in order of use
         return binding

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engine.checkpoints import Checkpoint, open_artifact
 from engine.runtime import Decoder
@@ -56,6 +58,31 @@ def test_a_row_decodes_alone_as_in_a_batch_of_any_size_and_order(tiny: Tiny, pre
         together = decode(decoder, [(row, case, lengths[row]) for row in members])
         for row, logits in zip(members, together, strict=True):
             assert np.array_equal(logits, alone[row]), (members, row)
+
+
+@both_precisions
+def test_prompts_computed_beside_decode_steps_change_nothing(tiny: Tiny, precision: Precision) -> None:
+    """Rows 1 and 3 are filled by other threads while each decode call writes to all of rows 0 to 4."""
+    case, decoder = tiny.case, tiny.decoder(precision)
+    whole = prefill(decoder, 5, case, 0, PROMPT)
+    steady = [(row, case, PROMPT - 1) for row in (0, 2, 4)]
+    for row, _, length in steady:
+        prefill(decoder, row, case, 0, length)
+    alone = decode(decoder, steady)
+    with ThreadPoolExecutor(2) as pool:
+        for chunk in (7, 32, 1) * 2:
+            parts: dict[int, list[NDArray[np.float32]]] = {1: [], 3: []}
+            for start in range(0, PROMPT, chunk):
+                stop = min(start + chunk, PROMPT)
+                for row in parts:
+                    decoder.announce(row, stop)
+                beside = {row: pool.submit(prefill, decoder, row, case, start, stop) for row in parts}
+                assert np.array_equal(decode(decoder, steady), alone), (chunk, start)
+                for row, part in beside.items():
+                    parts[row].append(part.result())
+            for row, chunks in parts.items():
+                assert np.array_equal(np.concatenate(chunks), whole), (chunk, row)
+                assert np.array_equal(decoder.read_kv(row, 0, PROMPT), decoder.read_kv(5, 0, PROMPT)), (chunk, row)
 
 
 @both_precisions

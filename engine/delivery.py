@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class ChosenToken(NamedTuple):
     job: Job
     token: int
     reused: int
-    is_first: bool
+    is_urgent: bool  # somebody waits for it: the first one or the last
 
 
 def deliver(job: Job, tokens: list[int], reused: int) -> None:
@@ -37,14 +38,15 @@ def deliver(job: Job, tokens: list[int], reused: int) -> None:
 class Delivery:
     """Makes events of tokens: at once for a few jobs, under load on a thread of its own while the step loop goes on.
 
-    The thread shares the interpreter with the step loop, so it gathers tokens for PACE_S, but for a job's first one.
+    The thread shares the interpreter with the step loop, so it gathers each job's tokens for PACE_S; a job with an
+    urgent one does not wait for the others.
     """
 
     def __init__(self, name: str) -> None:
         self._tokens: dict[Job, tuple[list[int], int]] = {}
+        self._urgent: set[Job] = set()
         self._work: deque[Callable[[], None]] = deque()
         self._delivering = False
-        self._urgent = False
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -61,9 +63,10 @@ class Delivery:
 
     def _gather(self, chosen: Iterable[ChosenToken]) -> None:
         idle = not self._tokens
-        for job, token, reused, is_first in chosen:
+        for job, token, reused, is_urgent in chosen:
             self._tokens.setdefault(job, ([], reused))[0].append(token)
-            self._urgent |= is_first
+            if is_urgent:
+                self._urgent.add(job)
         if idle or self._urgent:
             self._changed.notify()
 
@@ -81,24 +84,32 @@ class Delivery:
         self._thread.join()
 
     def _run(self) -> None:
-        busy = False
+        paced_until = 0.0
         while True:
             with self._changed:
-                if busy:
-                    self._changed.wait_for(lambda: self._urgent or self._closing, PACE_S)
+                pause_s = paced_until - time.monotonic()
+                if pause_s > 0:
+                    self._changed.wait_for(lambda: self._urgent or self._closing, pause_s)
                 self._changed.wait_for(lambda: self._tokens or self._work or self._closing)
-                tokens, self._tokens = self._tokens, {}
+                is_paced = time.monotonic() < paced_until and not self._closing
+                tokens = self._take(self._urgent if is_paced else self._tokens)
                 work, self._work = self._work, deque()
-                self._urgent, self._delivering = False, bool(tokens)
+                self._delivering = bool(tokens)
                 if self._closing and not tokens and not work:
                     return
-            busy = len(tokens) > BUSY_JOBS
+            if not is_paced:
+                paced_until = time.monotonic() + PACE_S if len(tokens) > BUSY_JOBS else 0.0
             for job, (ids, reused) in tokens.items():
                 deliver(job, ids, reused)
             with self._changed:
                 self._delivering = False
             for one in work:
                 _do(one)
+
+    def _take(self, jobs: Iterable[Job]) -> dict[Job, tuple[list[int], int]]:
+        taken = {job: self._tokens.pop(job) for job in list(jobs)}
+        self._urgent -= taken.keys()
+        return taken
 
 
 def _do(work: Callable[[], None]) -> None:

@@ -61,7 +61,7 @@ class Outbox:
 
     Whatever queues up while a frame is being sent travels in the next one, neighbouring chunks joined: an idle line
     adds no delay, and memory stays bounded by the number of requests and the length of their texts. With more than
-    BUSY_STREAMS requests answered at once, replies leave at a pace: a request's first and last within TICK_S, the
+    BUSY_STREAMS requests answered at once, replies leave at a pace: a request's first and last at once, the
     chunks between every PACE_S, because every message costs the protocol process and Dify's daemon the same, and
     waking the writer for each token costs the step loop.
     """
@@ -79,14 +79,14 @@ class Outbox:
             replies.append(reply)
             if len(replies) >= MERGE_EVERY:
                 replies[:] = wire.merge_chunks(replies)
-            if not self._is_busy:
-                self._changed.notify()  # else the writer looks by itself
             if not isinstance(reply, Chunk):
                 self._streaming.discard(number)
                 self._urgent.add(number)
             elif number not in self._streaming:
                 self._streaming.add(number)
                 self._urgent.add(number)
+            if self._urgent or not self._is_busy:
+                self._changed.notify()
 
     def take(self) -> wire.Replies:
         """What may leave now; blocks until there is something. The order within a request is kept."""

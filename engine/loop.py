@@ -191,9 +191,10 @@ class StepLoop:
         if len(sequence.output) == 1:
             replica.scheduler.kv.store(sequence)
         job = _job(sequence)
-        if token in job.eos or len(sequence.output) >= sequence.max_tokens:
+        is_last = token in job.eos or len(sequence.output) >= sequence.max_tokens
+        if is_last:
             self._remove(replica, sequence)
-        return ChosenToken(job, token, sequence.reused, len(sequence.output) == 1)
+        return ChosenToken(job, token, sequence.reused, is_last or len(sequence.output) == 1)
 
     def _encode(self, replica: Replica, images: list[ImageInput]) -> None:
         """Start the tower on a batch; the result comes back through the inbox."""

@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ import pytest
 from engine import wire
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineStopped, InvalidConfig, InvalidRequest
-from engine.host import MERGE_EVERY, Outbox
+from engine.host import BUSY_STREAMS, MERGE_EVERY, Outbox
 from engine.request import Chunk, Message, Request, SamplingParams, Text
 from tests.host.fake_engine import COMMAND
 
@@ -165,3 +166,26 @@ def test_the_outbox_holds_one_chunk_per_request_however_many_tokens_wait() -> No
     assert (first, second, third) == (1, 2, 2)
     assert chunk == Chunk("x" * 10 * MERGE_EVERY, 10 * MERGE_EVERY)
     assert isinstance(error, EngineError)
+
+
+def test_on_a_busy_line_what_a_request_waits_for_leaves_at_once_and_the_rest_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.host.PACE_S", 3600.0)
+    outbox, busy = Outbox(), range(BUSY_STREAMS + 1)
+    for number in busy:
+        outbox.put(number, Chunk("a", 1))
+    assert [number for number, _ in outbox.take().replies] == [*busy]
+    with ThreadPoolExecutor(1) as writer:
+        taken = writer.submit(outbox.take)
+        for number in busy:
+            outbox.put(number, Chunk("b", 1))
+        assert not wait([taken], 0.1).done
+        outbox.put(99, Chunk("first", 1))
+        outbox.put(0, Chunk("c", 1))
+        outbox.put(0, EngineError("last"))
+        replies = [*taken.result(10).replies]
+    while {number for number, _ in replies} != {99, 0}:
+        replies += outbox.take().replies
+    assert [number for number, _ in replies].count(99) == 1
+    assert next(reply for number, reply in replies if number == 0) == Chunk("bc", 2)

@@ -48,11 +48,11 @@ class SmolVLMProcessor:
         return (rows * columns + 1) * self._tokens_per_tile, (1, rows, columns)
 
     def process(self, image: Image.Image, data: bytes) -> ImageInput:
-        image = image.resize(self._first(*image.size), self._resample)
-        image = image.resize(self._split_size(*image.size), self._resample)
+        image = self._resized(image, self._first(*image.size))
+        image = self._resized(image, self._split_size(*image.size))
         rows, columns = self._grid(*image.size)
         pixels = np.empty((rows * columns + 1, 3, self._tile, self._tile), np.uint8)
-        whole = image.resize((self._tile, self._tile), self._resample)
+        whole = self._resized(image, (self._tile, self._tile))
         for channel, band in enumerate(whole.split()):
             pixels[-1, channel] = np.asarray(band)
         if rows:
@@ -60,6 +60,9 @@ class SmolVLMProcessor:
                 pixels[:-1, channel] = _tiles(np.asarray(band), rows, columns, self._tile)
         tokens = (rows * columns + 1) * self._tokens_per_tile
         return ImageInput(pixels, (1, rows, columns), tokens, self.key(data))
+
+    def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return image if image.size == size else image.resize(size, self._resample)  # Pillow would make a copy
 
     def _first(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after the first resize."""

@@ -54,7 +54,8 @@ def _chunks(rows: list[int], vocab: int) -> Iterator[list[int]]:
 def _best(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The first largest token of each row and its logit, NaN if the row has one (argmax stops at it)."""
     tokens = np.argmax(logits, axis=1).astype(np.int64)
-    return tokens, logits[np.arange(len(logits)), tokens]
+    # A flat index, because numpy lets go of the interpreter for one of two axes, and under load waits to get it back.
+    return tokens, logits.reshape(-1)[tokens + np.arange(len(logits)) * logits.shape[1]]
 
 
 def _scratch(rows: int, width: int) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ from engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN_BATCH = 32  # the setting's own default
-OUTPUT_TOKENS = 128  # what `vllm bench serve` asks random traffic for
+OUTPUT_TOKENS = 32  # the ladder's too
 TRACE_DELAY_S = 1.0
 TRACE_S = 1.5
 TRACED = 8  # requests for each of the concurrent ones: longer than the trace

@@ -6,6 +6,7 @@ break a line of the protocol and lose tokens. Only the SDK's writer keeps the re
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -25,6 +26,7 @@ PROTOCOL = None if os.environ.get("INSTALL_METHOD") == "serverless" else take_st
 
 from dify_plugin import DifyPluginEnv, Plugin  # noqa: E402  it patches the standard library, so it comes first
 from dify_plugin.config.logger_format import plugin_logger_handler  # noqa: E402
+from dify_plugin.core.server.stdio import request_reader  # noqa: E402
 from dify_plugin.core.server.stdio.request_reader import StdioRequestReader  # noqa: E402
 from dify_plugin.core.server.stdio.response_writer import StdioResponseWriter  # noqa: E402
 from gevent.socket import wait_read  # type: ignore[import-untyped]  # noqa: E402
@@ -33,7 +35,10 @@ PIPE_BYTES = 1 << 16  # what a pipe holds
 
 
 def give_to_sdk(protocol: TextIO) -> None:
-    """Make the SDK write to `protocol`, a whole message per system call, and end when the daemon has gone."""
+    """Make the SDK write to `protocol`, a whole message per system call, and end when the daemon has gone.
+
+    It also builds a validator for every line it reads, always the same one: from now on once.
+    """
 
     def write(self: StdioResponseWriter, data: str) -> None:  # noqa: ARG001 - a method
         protocol.write(data)
@@ -49,6 +54,7 @@ def give_to_sdk(protocol: TextIO) -> None:
 
     StdioResponseWriter.write = write  # type: ignore[method-assign]
     StdioRequestReader._read_async = read  # type: ignore[method-assign]
+    request_reader.TypeAdapter = functools.cache(request_reader.TypeAdapter)  # type: ignore[assignment,attr-defined]
     plugin_logger_handler.setStream(protocol)
 
 

@@ -53,8 +53,7 @@ class SmolVLMProcessor:
         rows, columns = self._grid(*image.size)
         pixels = np.empty((rows * columns + 1, 3, self._tile, self._tile), np.uint8)
         whole = self._resized(image, (self._tile, self._tile))
-        for channel, band in enumerate(whole.split()):
-            pixels[-1, channel] = np.asarray(band)
+        pixels[-1] = np.asarray(whole).transpose(2, 0, 1)
         if rows:
             for channel, band in enumerate(image.split()):
                 pixels[:-1, channel] = _tiles(np.asarray(band), rows, columns, self._tile)

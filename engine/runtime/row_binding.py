@@ -32,6 +32,7 @@ class RowBinding(Binding):
         self._longest = np.zeros((), np.int32)
         self._positions = np.zeros((3, count, 1), np.int64)
         self._shape = np.array([count, 1, -1])
+        self._logits_rows: dict[int, NDArray[np.int64]] = {}  # by their number
         self._no_rows = np.zeros((0, 1), np.int64)
         self._no_features = np.zeros((0, spec.hidden), np.float32)
 
@@ -79,7 +80,11 @@ class RowBinding(Binding):
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run, and give [R, vocab] for `rows` [R] of the tokens."""
         logits = np.empty((len(rows), self._vocab), np.float32)
-        self.input(DecoderInputs.LOGITS_ROWS, rows)
+        given = self._logits_rows.get(len(rows))
+        if given is None:
+            given = self._logits_rows[len(rows)] = np.empty_like(rows)
+        given[:] = rows
+        self.input(DecoderInputs.LOGITS_ROWS, given)
         self.output(DecoderInputs.LOGITS, logits)
         self.run()
         return logits

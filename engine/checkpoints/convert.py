@@ -116,11 +116,12 @@ def _write_weights(checkpoint: Checkpoint, precision: Precision, file: Path) -> 
 
 
 def _finite_blocks(checkpoint: Checkpoint, weight: Weight) -> Iterator[NDArray[np.float32]]:
+    """The blocks, fp32, with the weight's offset added; every precision starts from these."""
     for block in checkpoint.blocks(weight):
         if not np.isfinite(block).all():
             names = ", ".join(source.name for source in weight.sources)
             raise CheckpointError(f"{checkpoint.folder} holds values that are not finite in {names}")
-        yield block
+        yield block + np.float32(weight.offset) if weight.offset else block
 
 
 def _size(weight: Weight, precision: Precision) -> int:

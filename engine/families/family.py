@@ -27,11 +27,14 @@ class Weight:
     `sources` are concatenated along dimension 0 (fused qkv, gate_up). A `linear` ([out, in]) or an `embedding`
     ([vocab, hidden]) is two-dimensional, later dimensions flattened, and becomes int8 with one scale per row when that
     precision is asked for, beside which `plain` stays fp32. In the other precisions all three have that one type.
+
+    `offset` is added to every value before it is rounded to its type, for checkpoints that store a norm's weight - 1.
     """
 
     name: str
     kind: Kind
     sources: tuple[Source, ...]
+    offset: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,5 +86,5 @@ def layer_norm(name: str, module: str, size: int) -> tuple[Weight, ...]:
     return plain(f"{name}.weight", f"{module}.weight", size), plain(f"{name}.bias", f"{module}.bias", size)
 
 
-def plain(name: str, source: str, *shape: int) -> Weight:
-    return Weight(name, "plain", (Source(source, shape),))
+def plain(name: str, source: str, *shape: int, offset: float = 0.0) -> Weight:
+    return Weight(name, "plain", (Source(source, shape),), offset)

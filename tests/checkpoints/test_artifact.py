@@ -79,6 +79,23 @@ def test_an_artifact_holds_every_weight_of_the_checkpoint(saved: Path, tmp_path:
     assert all(entry.offset % module.ALIGNMENT == 0 for entry in artifact.entries.values())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_an_offset_is_added_before_a_value_is_rounded(saved: Path, tmp_path: Path, precision: Precision) -> None:
+    checkpoint = Checkpoint.open(saved)
+    shifted = {"norm.weight": 1.0, "layers.0.qkv.weight": 0.25}
+    weights = tuple(
+        dataclasses.replace(weight, offset=shifted.get(weight.name, 0.0)) for weight in checkpoint.weights()
+    )
+    family = dataclasses.replace(checkpoint.family, weights=lambda spec: weights)
+    artifact = open_artifact(dataclasses.replace(checkpoint, family=family), precision, tmp_path)
+    for weight in weights:
+        wanted = np.concatenate(list(checkpoint.blocks(weight))) + np.float32(shifted.get(weight.name, 0.0))
+        if precision == "int8" and weight.kind != "plain":
+            assert np.array_equal(artifact.tensor(weight.name), quantise_rows(wanted)[0]), weight.name
+        else:
+            assert np.array_equal(artifact.tensor(weight.name), wanted.astype(TYPES[precision])), weight.name
+
+
 def test_int8_is_less_than_a_third_of_fp32(saved: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(saved)
     full, small = (open_artifact(checkpoint, precision, tmp_path) for precision in ("fp32", "int8"))

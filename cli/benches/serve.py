@@ -28,7 +28,7 @@ from engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN_BATCH = 32  # the setting's own default
-OUTPUT_TOKENS = 32  # the ladder's too
+REQUESTS = 960  # so that filling the batch and draining it weigh little
 TRACE_DELAY_S = 1.0
 TRACE_S = 1.5
 TRACED = 8  # requests for each of the concurrent ones: longer than the trace
@@ -68,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", action="store_true", help="kernel time over wall time, after the timed requests")
     add_engine_settings(parser)
     options.add_shaped_traffic(parser)
-    parser.set_defaults(output_tokens=OUTPUT_TOKENS)
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -77,7 +76,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     settings = {"precision": "auto", **settings_from(arguments), "cache_enabled": str(arguments.cache).lower()}
     places = [{"device": arguments.against}, {}] if arguments.against else [{}]
     most = max(arguments.concurrency)
-    with open_load(arguments, most, arguments.requests or 480, arguments.repeats, traced=arguments.trace) as load:
+    with open_load(arguments, most, arguments.requests or REQUESTS, arguments.repeats, traced=arguments.trace) as load:
         rows = [
             {"row": _name(concurrency, settings | place), **measure_row(load, settings | place, concurrency)}
             for place in places

@@ -189,6 +189,7 @@ class Engine:
             features = [self._known_features(model, layout.key) for layout in layouts]
             images = self._pixels(model, request, layouts, features)
             sampler = SamplerState(request.sampling, prompt.token_ids)
+            job.on_prepared()
             model.add(Sequence(number, prompt, images, features, sampler, max_tokens, job))
         except EngineError as error:
             job.fail(error)

@@ -36,7 +36,7 @@ class Job:
         self._detokenizer = detokenizer
         self._stop = StopMatcher(self.sampling.stop)
         self._accepted = accepted
-        self._prepared = time.monotonic()
+        self._prepared = self._admitted = time.monotonic()
         self._first_token: float | None = None
         self._on_finish = on_finish
         self._on_end = on_end
@@ -62,6 +62,14 @@ class Job:
                 stream.push(Chunk("".join(self._texts), self._tokens))
             self._streams.append(stream)
             return True
+
+    def on_prepared(self) -> None:
+        """The sequence is ready for the step loop; what comes now is the queue."""
+        self._prepared = self._admitted = time.monotonic()
+
+    def on_admitted(self, admitted_at: float) -> None:
+        """When the sequence first ran; known before its first token is taken in."""
+        self._admitted = admitted_at
 
     def take(self, tokens: list[int], *, reused: int) -> None:
         """Take in the next output tokens; emit text, or the last event. A job that is over takes none."""
@@ -119,7 +127,13 @@ class Job:
         event = Finished(
             reason,
             Usage(len(self.prompt.token_ids), self._count, self.prompt.image_tokens, reused),
-            Timings(self._prepared - self._accepted, first - self._accepted, now - self._accepted),
+            Timings(
+                self._prepared - self._accepted,
+                first - self._accepted,
+                now - self._accepted,
+                queued_s=self._admitted - self._prepared,
+                prefill_s=first - self._admitted,
+            ),
         )
         self._on_finish("".join(self._texts), event)
         with self._lock:

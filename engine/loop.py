@@ -188,9 +188,10 @@ class StepLoop:
             self._discard(replica, [sequence], error)
             return None
         sequence.output.append(token)
+        job = _job(sequence)
         if len(sequence.output) == 1:
             replica.scheduler.kv.store(sequence)
-        job = _job(sequence)
+            job.on_admitted(sequence.admitted_at)
         is_last = token in job.eos or len(sequence.output) >= sequence.max_tokens
         if is_last:
             self._remove(replica, sequence)

@@ -145,11 +145,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds from the moment the engine accepted the request."""
+    """Seconds from the moment the engine accepted the request to three moments, and two times in between.
+
+    `queued_s` is from prepared to the first place in a step, `prefill_s` from there to the first token, images
+    included; an answer from the cache has neither.
+    """
 
     prepared_s: float
     first_token_s: float
     total_s: float
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

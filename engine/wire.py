@@ -23,7 +23,7 @@ import msgpack  # type: ignore[import-untyped]
 from engine.errors import EngineError, InvalidRequest, error_from_code
 from engine.request import Chunk, Finished, Image, Message, Part, Request, SamplingParams, Text, Timings, Usage
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 512 << 20
 CONNECTION = 0  # the number that stands for the connection, not for a request
 
@@ -259,7 +259,7 @@ def _reply(entry: Any) -> tuple[int, Reply]:
             return number, Chunk(text, tokens)
         case [Kind.FINISHED, int(number), "stop" | "length" as reason, [*counts], [*seconds], bool(from_cache)]:
             plain = all(isinstance(value, int | float) for value in (*counts, *seconds))
-            if plain and len(counts) == 4 and len(seconds) == 3:
+            if plain and len(counts) == 4 and len(seconds) == 5:
                 return number, Finished(reason, Usage(*counts), Timings(*seconds), from_cache)
         case [Kind.ERROR, int(number), str(code), str(message)]:
             return number, error_from_code(code, message)

@@ -7,6 +7,7 @@ which is whatever had gathered by then.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -210,7 +211,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and not self.waiting[0].pending and self.kv.admit(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
+            sequence = self.waiting.popleft()
+            sequence.admitted_at = sequence.admitted_at or time.monotonic()
+            self.running.append(sequence)
             self.running.sort(key=lambda sequence: sequence.number)
 
     def _plan_prefill(self, plan: StepPlan, prefilling: list[Sequence]) -> None:

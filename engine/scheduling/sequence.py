@@ -39,6 +39,7 @@ class Sequence:
     prefill_end: int = 0
     reused: int = 0
     ended: bool = False
+    admitted_at: float = 0.0  # time.monotonic() of its first admission; 0 before
     _hashes: list[bytes] = field(default_factory=list)
 
     @property

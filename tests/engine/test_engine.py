@@ -57,6 +57,32 @@ def test_a_question_is_answered_and_counted(engine: Engine) -> None:
     assert 0 <= timings.prepared_s <= timings.first_token_s <= timings.total_s
 
 
+def test_the_parts_of_the_first_tokens_time_add_up(engine: Engine) -> None:
+    finished = ask(engine, request(picture(1), "what shape?", max_tokens=3)).wait().finished
+    assert finished is not None
+    timings = finished.timings
+    assert min(timings.queued_s, timings.prefill_s) >= 0
+    assert timings.prepared_s + timings.queued_s + timings.prefill_s == pytest.approx(timings.first_token_s)
+
+
+def test_waiting_for_a_place_in_the_batch_counts_as_queued(start: Start) -> None:
+    engine = start(max_batch_size=1)
+    first = ask(engine, request("what?", max_tokens=500, ignore_eos=True, temperature=1.0))
+    second = ask(engine, request("what else?", max_tokens=2, temperature=1.0))
+    scheduler = replica(engine, "demo").scheduler
+    while not scheduler.waiting:
+        assert second.finished is None, "it did not wait"
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert first.finished is None
+    assert first.stream is not None
+    first.stream.cancel()
+    finished = second.wait().finished
+    assert finished is not None
+    assert finished.timings.queued_s >= 0.05
+    assert finished.timings.prepared_s < finished.timings.first_token_s - 0.05
+
+
 def test_the_counted_tokens_are_those_of_the_prompt(engine: Engine) -> None:
     messages = (
         Message("system", (Text("Be brief."),)),

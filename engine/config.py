@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from engine.errors import InvalidConfig
 
@@ -17,6 +18,7 @@ KVPrecision = Literal["auto", "int8"]
 KernelFusion = Literal["auto", "on", "off"]
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,3}(?:,[0-9]{1,3})*))?")
+_TOKEN = re.compile(r"[!-~]{0,512}")  # what a header can hold
 _SHARE = (0.05, 0.95)  # of a GPU's free memory
 _GPU_MIB = (256, 1 << 20)
 _GPU_PRECISIONS = ("fp16", "bf16")
@@ -27,11 +29,13 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "kv_cache_mib": (1, 1 << 20),
     "prefill_chunk": (0, 8192),
     "max_image_megapixels": (0.001, 10_000),
+    "max_image_mib": (1, 256),
     "max_images": (1, 10_000),
     "answer_cache_mib": (1, 1 << 20),
     "feature_cache_mib": (1, 1 << 20),
     "cache_expiry_hours": (0.001, 24 * 3650),
     "request_timeout_s": (0.1, 86_400),
+    "download_wait_s": (0, 600),
     "idle_unload_minutes": (0, 1 << 20),
     "threads": (0, 1024),
     "preprocess_workers": (1, 64),
@@ -39,7 +43,14 @@ _LIMITS: dict[str, tuple[float, float]] = {
 
 
 def default_storage() -> Path:
-    """Where weights and caches live unless the form names a folder: outside the plugin's own, so upgrades keep it."""
+    """Where weights and caches live unless the form names a folder: outside the plugin's own, so upgrades keep it.
+
+    Plugins inherit the daemon's environment. PLUGIN_WORKING_PATH is where it unpacks them, /app/storage/cwd in Dify's
+    containers: beside it is the persistent volume, which the home folder is not on.
+    """
+    plugins = Path(os.environ.get("PLUGIN_WORKING_PATH", ""))
+    if plugins.is_absolute():
+        return plugins.parent / "tessera"
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base) / "tessera"
 
@@ -59,6 +70,8 @@ class EngineConfig:
     kv_cache_mib: int = 1024  # on the CPU
     prefill_chunk: int = 0  # tokens of prompts that one step computes; 0 = 256 on the CPU, 1024 on a GPU
     max_image_megapixels: float = 50.0
+    max_image_mib: int = 20  # of a file that is fetched from a URL
+    allow_private_images: bool = False  # whether such a URL may lead to a private or loopback address
     max_images: int = 64  # per request
     cache_enabled: bool = True
     answer_cache_mib: int = 256
@@ -69,6 +82,9 @@ class EngineConfig:
     idle_unload_minutes: float = 30.0  # 0 = never
     threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one for a small model, every core for a large one
     preprocess_workers: int = 2
+    hub_endpoint: str = "https://huggingface.co"  # a mirror, ModelScope ("modelscope" in the address), or off
+    hub_token: str = dataclasses.field(default="", repr=False)  # a secret: no message may quote it
+    download_wait_s: float = 20.0  # how long a request waits for a model that is being downloaded
 
     def __post_init__(self) -> None:
         if not isinstance(self.storage, Path) or not self.storage.is_absolute():
@@ -79,14 +95,17 @@ class EngineConfig:
         _require_choice("kernel_fusion", self.kernel_fusion, get_args(KernelFusion))
         if self.device == "cpu":
             require_cpu_precision(self.precision)
-        if not isinstance(self.cache_enabled, bool):
-            raise InvalidConfig(f"cache_enabled is {self.cache_enabled!r}; it must be true or false")
+        for name in ("cache_enabled", "allow_private_images"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; it must be true or false")
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             _require_number(name, value)
             if not low <= value <= high:
                 raise InvalidConfig(f"{name} is {value}; it must be between {low} and {high}")
         _require_gpu_memory(self.gpu_memory)
+        _require_endpoint(self.hub_endpoint)
+        _require_token(self.hub_token)
 
     @property
     def cuda_indices(self) -> tuple[int, ...]:
@@ -155,6 +174,31 @@ def _require_gpu_memory(value: float) -> None:
         raise InvalidConfig(
             f"gpu_memory is {value}; give a share of the free memory between {_SHARE[0]} and {_SHARE[1]},"
             f" or MiB from {_GPU_MIB[0]} to {_GPU_MIB[1]}"
+        )
+
+
+def _require_endpoint(endpoint: object) -> None:
+    """An address without user, query or fragment, which would end up in messages and in file addresses."""
+    if endpoint == "off":
+        return
+    try:
+        parts = urlsplit(endpoint if isinstance(endpoint, str) else "")
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        parts = urlsplit("")
+    if "@" in parts.netloc:  # the address itself is not quoted: it holds a secret
+        raise InvalidConfig("hub_endpoint must not hold a user or password; put the token into hub_token")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise InvalidConfig(
+            f"hub_endpoint is {endpoint!r}; give an address such as https://huggingface.co or https://modelscope.cn,"
+            " or off"
+        )
+
+
+def _require_token(token: object) -> None:
+    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+        raise InvalidConfig(
+            "hub_token has a character that no token has (a space or a line break, perhaps); copy it again"
         )
 
 

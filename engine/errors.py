@@ -9,9 +9,11 @@
     ├── Overloaded                try again later
     │   ├── QueueFull
     │   ├── DeadlineExceeded
+    │   ├── ModelDownloading      the message tells how far it is
     │   └── DeviceOutOfMemory
     ├── ModelUnavailable          this model cannot run here
     │   ├── UnknownModel
+    │   ├── DownloadFailed        the hub refused or broke off; the message says what to change
     │   ├── CheckpointError
     │   └── ArtifactError
     ├── DeviceUnavailable         CUDA was asked for and cannot be used; the message names what is missing
@@ -78,6 +80,10 @@ class DeadlineExceeded(Overloaded):
     """The request did not finish within its time limit."""
 
 
+class ModelDownloading(Overloaded):
+    """The model is on its way to the disk; the request can be sent again later."""
+
+
 class DeviceOutOfMemory(Overloaded):
     """A GPU has not enough memory left for this."""
 
@@ -88,6 +94,10 @@ class ModelUnavailable(EngineError):
 
 class UnknownModel(ModelUnavailable):
     """No model of that name is known or present."""
+
+
+class DownloadFailed(ModelUnavailable):
+    """A model could not be fetched from the hub."""
 
 
 class CheckpointError(ModelUnavailable):

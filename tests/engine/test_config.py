@@ -83,3 +83,24 @@ def test_settings_survive_the_way_to_another_process(tmp_path: Path) -> None:
         idle_unload_minutes=0.5,
     )
     assert EngineConfig.from_mapping(config.to_mapping()) == config
+
+
+@pytest.mark.parametrize("endpoint", ["https://huggingface.co", "http://127.0.0.1:8080/modelscope", "off", ""])
+def test_a_hub_is_an_address_or_off(endpoint: str) -> None:
+    assert EngineConfig.from_mapping({"hub_endpoint": endpoint}).hub_endpoint == (endpoint or "https://huggingface.co")
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://x", "https://", "https://x?y=1", "http://x:port", "//x"])
+def test_what_is_no_address_of_a_hub_is_refused(endpoint: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"give an address such as https://huggingface\.co"):
+        EngineConfig(hub_endpoint=endpoint)
+
+
+def test_no_message_quotes_a_secret() -> None:
+    assert "hf_secret" not in repr(EngineConfig(hub_token="hf_secret"))
+    with pytest.raises(InvalidConfig) as refused:
+        EngineConfig(hub_token="hf_secret two")
+    assert "hf_secret" not in str(refused.value)
+    with pytest.raises(InvalidConfig, match="put the token into hub_token") as refused:
+        EngineConfig(hub_endpoint="https://me:hf_secret@hub.example")
+    assert "hf_secret" not in str(refused.value)

@@ -15,6 +15,7 @@ from engine.client import shared_client
 from engine.errors import EngineError, EngineStopped, InvalidRequest
 from engine.request import Chunk, Event, Finished
 from models._errors import ERROR_MAPPING, as_invoke_error
+from models._request_log import RequestLog
 from models._settings import engine_config
 from models.llm.prompt import engine_messages, engine_request
 
@@ -24,6 +25,13 @@ FROM_CACHE = "tessera/answer-cache"
 
 
 class TesseraLargeLanguageModel(LargeLanguageModel):
+    _log: RequestLog
+
+    def invoke(self, model: str, *arguments: Any, **named: Any) -> Generator[LLMResultChunk, None, None]:
+        """The SDK's, which calls `_invoke`; here because whatever keeps a request from an answer is to be logged."""
+        with RequestLog(model) as self._log:
+            yield from super().invoke(model, *arguments, **named)
+
     def _invoke(
         self,
         model: str,
@@ -51,6 +59,7 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
             try:
                 for event in events:
                     if isinstance(event, Finished):
+                        self._log.finished = event
                         yield self._last_chunk(model, credentials, index, event)
                         return
                     if event.text:

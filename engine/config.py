@@ -38,6 +38,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "download_wait_s": (0, 600),
     "idle_unload_minutes": (0, 1 << 20),
     "threads": (0, 1024),
+    "metrics_port": (0, 65535),
     "preprocess_workers": (1, 64),
 }
 
@@ -82,6 +83,7 @@ class EngineConfig:
     idle_unload_minutes: float = 30.0  # 0 = never
     threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one for a small model, every core for a large one
     preprocess_workers: int = 2
+    metrics_port: int = 0  # of 127.0.0.1, for Prometheus and `./tessera top`; 0 = off
     hub_endpoint: str = "https://huggingface.co"  # a mirror, ModelScope ("modelscope" in the address), or off
     hub_token: str = dataclasses.field(default="", repr=False)  # a secret: no message may quote it
     download_wait_s: float = 20.0  # how long a request waits for a model that is being downloaded
@@ -123,7 +125,7 @@ class EngineConfig:
         for name, value in settings.items():
             if name not in fields:
                 raise InvalidConfig(f"unknown setting {name!r}; known settings: {', '.join(sorted(fields))}")
-            if value is None or value == "":
+            if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             values[name] = _parse(name, str(fields[name].type), value)
         return cls(**values)
@@ -181,13 +183,13 @@ def _require_endpoint(endpoint: object) -> None:
     """An address without user, query or fragment, which would end up in messages and in file addresses."""
     if endpoint == "off":
         return
+    if isinstance(endpoint, str) and "@" in endpoint:  # not quoted: it may hold a secret
+        raise InvalidConfig("hub_endpoint must not hold a user or password; put the token into hub_token")
     try:
         parts = urlsplit(endpoint if isinstance(endpoint, str) else "")
         _ = parts.port  # raises for one that is no number
     except ValueError:
         parts = urlsplit("")
-    if "@" in parts.netloc:  # the address itself is not quoted: it holds a secret
-        raise InvalidConfig("hub_endpoint must not hold a user or password; put the token into hub_token")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InvalidConfig(
             f"hub_endpoint is {endpoint!r}; give an address such as https://huggingface.co or https://modelscope.cn,"

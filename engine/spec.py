@@ -45,6 +45,12 @@ class DecoderSpec:
     mlp_bias: bool
     tied_head: bool
     qk_norm: bool = False  # RMS norm over each head of queries and keys, before rotary embedding
+    deepstack: int = 0  # layers, from the first, whose output image features are added to (Meng et al. 2024)
+
+    @property
+    def feature_width(self) -> int:
+        """Values of a row of image features: what replaces a token's embedding, then what each deepstack layer adds."""
+        return self.hidden * (1 + self.deepstack)
 
     @property
     def kv_values_per_token(self) -> int:
@@ -88,7 +94,11 @@ class SiglipSpec:
 
 @dataclass(frozen=True, slots=True)
 class QwenVisionSpec:
-    """Qwen2-VL's tower and merger: any resolution, two-dimensional rotary positions, 2x2 patches merged."""
+    """Qwen2-VL's tower and merger: any resolution, two-dimensional rotary positions, 2x2 patches merged.
+
+    Qwen2.5-VL's attends in windows, but for some layers. Qwen3-VL's adds learned positions, of a square that is
+    stretched to the image, and gives the outputs of some layers to the decoder's first ones, each through a merger.
+    """
 
     layers: int
     hidden: int
@@ -100,6 +110,13 @@ class QwenVisionSpec:
     temporal_patch: int  # frames
     merge: int  # patches per side that become one token
     norm: PixelNorm = PixelNorm()
+    window: int = 0  # patches, side of the square that attends to itself; 0: the whole image does
+    full_attention: tuple[int, ...] = ()  # layers in which the whole image attends to itself in spite of `window`
+    position_side: int = 0  # side of the square of learned positions; 0: none
+    deepstack: tuple[int, ...] = ()  # layers whose outputs go to the decoder's layers 0, 1, ...
+
+    def is_windowed(self, layer: int) -> bool:
+        return self.window > 0 and layer not in self.full_attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from engine.families.family import CheckpointConfig, Family, Source, Weight, lay
 from engine.families.rope import MRope
 from engine.families.section import Section
 from engine.families.vision import ACTIVATIONS, read_norm
-from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec
+from engine.spec import DecoderSpec, ModelSpec, PixelNorm, QwenVisionSpec
 
 _DECODER = DecoderDefaults(
     layers=80,
@@ -23,7 +23,7 @@ _DECODER = DecoderDefaults(
     mrope=MRope((16, 24, 24)),
 )
 # OpenAI CLIP's statistics, the default of Qwen2-VL's image processor.
-_NORM = PixelNorm(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+NORM = PixelNorm(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 _VISION_NORM_EPS = 1e-6  # fixed in the reference implementation, not in the configuration
 
 
@@ -40,6 +40,17 @@ def _spec(config: CheckpointConfig) -> ModelSpec:
     )
 
 
+def check_tower(vision: Section, width: str, spec: QwenVisionSpec, decoder: DecoderSpec | None = None) -> None:
+    """`width` is the field that says the tower's. Raises CheckpointError for what the graphs do not cover."""
+    head_dim = vision.divided(width, spec.hidden, spec.heads)
+    if head_dim % 8:
+        raise vision.fail("num_heads", f"such that a head has a multiple of 8 dimensions, not {head_dim}")
+    if vision.integer("in_channels", 3) != 3:
+        raise vision.fail("in_channels", "3")
+    if decoder and vision.integer("out_hidden_size", decoder.hidden) != decoder.hidden:
+        raise vision.fail("out_hidden_size", f"{decoder.hidden}, the text's hidden_size")
+
+
 def _vision(vision: Section, config: CheckpointConfig) -> QwenVisionSpec:
     hidden = vision.integer("embed_dim", 1280)
     spec = QwenVisionSpec(
@@ -52,13 +63,9 @@ def _vision(vision: Section, config: CheckpointConfig) -> QwenVisionSpec:
         patch=vision.integer("patch_size", 14),
         temporal_patch=vision.integer("temporal_patch_size", 2),
         merge=vision.integer("spatial_merge_size", 2),
-        norm=read_norm(config.preprocessor, _NORM),
+        norm=read_norm(config.preprocessor, NORM),
     )
-    head_dim = vision.divided("embed_dim", hidden, spec.heads)
-    if head_dim % 8:
-        raise vision.fail("num_heads", f"such that a head has a multiple of 8 dimensions, not {head_dim}")
-    if vision.integer("in_channels", 3) != 3:
-        raise vision.fail("in_channels", "3")
+    check_tower(vision, "embed_dim", spec)
     return spec
 
 

@@ -44,6 +44,18 @@ class Section:
             raise self.fail(name, "a positive integer")
         return value
 
+    def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A growing list of integers from 0, which may be empty."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        valid = isinstance(value, list) and all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value
+        )
+        if not valid or sorted(set(value)) != value:
+            raise self.fail(name, "a list of growing numbers, 0 or more")
+        return tuple(value)
+
     def number(self, name: str, default: float) -> float:
         value = self._values.get(name)
         if value is None:

@@ -95,6 +95,10 @@ class GraphBuilder:
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         return self.op("Reshape", value, self.constant(shape, np.int64))
 
+    def columns(self, value: ir.Value, start: int, stop: int) -> ir.Value:
+        """[rows, start to stop] of [rows, columns]."""
+        return self.op("Slice", value, *(self.constant([place], np.int64) for place in (start, stop, 1)))
+
     def names(self) -> tuple[frozenset[str], frozenset[str]]:
         """Of inputs and outputs."""
         inputs, outputs = (frozenset(str(value.name) for value in values) for values in (self._inputs, self._outputs))

@@ -19,4 +19,6 @@ def decoder_graph(
         layers.linear_add(attention.attend(qkv, layer), f"{name}.out", residual)
         mlp = layers.norm_gate(residual, f"{name}.mlp_norm", f"{name}.gate_up")
         layers.linear_add(mlp, f"{name}.down", residual)
+        if layer < spec.deepstack:
+            layers.add_features(residual, layer + 1)
     return layers.head(residual, "norm", "embedding" if spec.tied_head else "head", rows)

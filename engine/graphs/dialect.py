@@ -34,6 +34,10 @@ class DecoderLayers(Protocol):
 
     def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None: ...
 
+    def add_features(self, residual: Residual, part: int) -> None:
+        """Add values [part * hidden, (part + 1) * hidden) of image features to the tokens that they stand for."""
+        ...
+
     def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
         """NAME's output of the tokens at `rows` [R]."""
         ...
@@ -69,10 +73,12 @@ class TowerDialect(Protocol):
         ...
 
     def activated(self, x: ir.Value, name: str, kind: str) -> ir.Value:
-        """gelu, gelu_pytorch_tanh or quick_gelu of `linear(x, name)`."""
+        """gelu, gelu_pytorch_tanh or quick_gelu of `linear(x, name)`; silu_gate is `norm_gate`'s of a decoder."""
         ...
 
-    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value: ...
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """An RMS norm if the artifact has no bias for it."""
+        ...
 
     def add_layer_norm(
         self, x: ir.Value, name: str, residual: ir.Value, norm: str, epsilon: float
@@ -80,6 +86,9 @@ class TowerDialect(Protocol):
         """(norm of the sum, the sum of `residual` and `linear(x, name)`)."""
         ...
 
-    def attention(self, x: ir.Value, name: str) -> ir.Value:
-        """Every token to every token of its own sequence, [T, hidden]; NAME's output is queries, keys and values."""
+    def attention(self, x: ir.Value, name: str, *, windowed: bool = False) -> ir.Value:
+        """Every token to every token of its own sequence, or window of it; NAME's output is queries, keys and values.
+
+        [T, hidden] to [T, hidden].
+        """
         ...

@@ -25,7 +25,7 @@ def siglip_graph(dialect: TowerDialect, spec: SiglipSpec, pixels: ir.Value) -> i
     # In order. The reference finds the same places by rounding fractions, which for some sides that no released
     # checkpoint has (19, 25, 29, ...) puts a patch into its neighbour's place.
     x = builder.op("Add", builder.reshape(x, -1, side * side, spec.hidden), dialect.weight("vision.position.weight"))
-    x = tower(dialect, spec, builder.reshape(x, -1, spec.hidden))
+    x, _ = tower(dialect, spec, builder.reshape(x, -1, spec.hidden))
     return dialect.linear(_pixel_shuffle(builder, x, spec), "vision.projection")
 
 

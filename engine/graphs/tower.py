@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -20,14 +22,17 @@ def normalise(dialect: TowerDialect, pixels: ir.Value, norm: PixelNorm, per_chan
     return dialect.activations(builder.op("Add", builder.op("Mul", pixels, scale), shift))
 
 
-def tower(dialect: TowerDialect, spec: SiglipSpec | QwenVisionSpec, x: ir.Value) -> ir.Value:
-    """Pre-norm blocks on [T, hidden], and the norm after the last."""
+def tower(dialect: TowerDialect, spec: SiglipSpec | QwenVisionSpec, x: ir.Value) -> tuple[ir.Value, Sequence[ir.Value]]:
+    """Pre-norm blocks on [T, hidden]: the norm after the last, and what each of them gave before any norm."""
+    outputs = []
     normed = dialect.layer_norm(x, "vision.layers.0.attention_norm", spec.norm_eps)
     for layer in range(spec.layers):
         name = f"vision.layers.{layer}"
-        attention = dialect.attention(normed, f"{name}.qkv")
+        windowed = isinstance(spec, QwenVisionSpec) and spec.is_windowed(layer)
+        attention = dialect.attention(normed, f"{name}.qkv", windowed=windowed)
         normed, x = dialect.add_layer_norm(attention, f"{name}.out", x, f"{name}.mlp_norm", spec.norm_eps)
         mlp = dialect.activated(normed, f"{name}.up", spec.activation)
         following = f"vision.layers.{layer + 1}.attention_norm" if layer + 1 < spec.layers else "vision.norm"
         normed, x = dialect.add_layer_norm(mlp, f"{name}.down", x, following, spec.norm_eps)
-    return normed
+        outputs.append(x)
+    return normed, outputs

@@ -126,7 +126,7 @@ class CpuRunner:
             start,
             sequence.tokens(start, stop),
             sequence.positions(start, stop),
-            np.concatenate(features) if features else np.empty((0, self._spec.decoder.hidden), np.float32),
+            np.concatenate(features) if features else np.empty((0, self._spec.decoder.feature_width), np.float32),
             chunk.feature_index(),
             logits=chunk.gives_token,
         )

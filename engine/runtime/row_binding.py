@@ -34,7 +34,7 @@ class RowBinding(Binding):
         self._shape = np.array([count, 1, -1])
         self._logits_rows: dict[int, NDArray[np.int64]] = {}  # by their number
         self._no_rows = np.zeros((0, 1), np.int64)
-        self._no_features = np.zeros((0, spec.hidden), np.float32)
+        self._no_features = np.zeros((0, spec.feature_width), np.float32)
 
     def prefill(
         self,

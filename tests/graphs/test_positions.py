@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEm
 from transformers.vision_utils import get_vision_position_ids
 
 from engine.families import CheckpointConfig, family_for
-from engine.runtime.encoder import vision_rotary
+from engine.runtime.vision_layout import vision_rotary
 from engine.spec import QwenVisionSpec
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from engine.runtime import Decoder
-from engine.runtime.encoder import cut_patches
+from engine.runtime.vision_layout import cut_patches
 from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
 from tests.runtime.models import IMAGE_TOKEN
 
@@ -75,7 +75,7 @@ def make_case(model: PreTrainedModel, spec: ModelSpec, images: list[Picture], le
     is_image = token_ids == IMAGE_TOKEN
     index[is_image] = np.arange(is_image.sum())
     inputs = _reference_inputs(spec, images, token_ids)
-    positions, features = np.arange(length)[None], np.zeros((0, spec.decoder.hidden), np.float32)
+    positions, features = np.arange(length)[None], np.zeros((0, spec.decoder.feature_width), np.float32)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(token_ids)[None], **inputs).logits[0].numpy()
         if images:
@@ -122,9 +122,11 @@ def _normalise(pixels: NDArray[np.uint8], norm: PixelNorm) -> NDArray[np.float32
 
 def _reference_features(model: PreTrainedModel, inputs: dict[str, Any]) -> NDArray[np.float32]:
     pixels = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
-    output = model.model.get_image_features(**pixels).pooler_output
+    result = model.model.get_image_features(**pixels)
+    output = result.pooler_output
     output = torch.cat(list(output)) if isinstance(output, list | tuple) else output
-    features: NDArray[np.float32] = output.reshape(-1, output.shape[-1]).numpy()
+    parts = [output.reshape(-1, output.shape[-1]), *(getattr(result, "deepstack_features", None) or [])]
+    features: NDArray[np.float32] = torch.cat(parts, dim=1).numpy()
     return features
 
 

@@ -35,7 +35,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "llama": [],
     "qwen2": [],
     "qwen3": [],
-    "qwen3_vl": [],
+    "qwen3_vl": [(6, 10), (2, 2), (4, 6), (2, 12)],
 }
 ROWS, CONTEXT, PROMPT, STEPS = 6, 160, 113, 32
 
@@ -89,7 +89,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl"])
+@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen3_vl"])
 def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(request.param, tmp_path_factory)
 

@@ -111,12 +111,13 @@ def qwen3(**changes: Any) -> PreTrainedModel:
 
 
 def qwen3_vl(**text: Any) -> PreTrainedModel:
-    """The tower is there, and as small as can be: only the decoder is run."""
+    """Two of the tower's layers feed the decoder's; learned positions of a square that fits no image."""
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
-    tower = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "patch_size": 4}
+    tower = {"depth": 4, "hidden_size": 72, "intermediate_size": 80, "num_heads": 3, "patch_size": 4}
     config = Qwen3VLConfig(
         text_config=_text(rope_parameters=rope, head_dim=16, **text),
-        vision_config=tower | {"out_hidden_size": 64, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+        vision_config=tower
+        | {"out_hidden_size": 64, "num_position_embeddings": 49, "deepstack_visual_indexes": [1, 3]},
         image_token_id=IMAGE_TOKEN,
         video_token_id=98,
         vision_start_token_id=95,

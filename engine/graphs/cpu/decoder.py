@@ -21,7 +21,7 @@ class DecoderInputs:
 
     IDS = "ids"  # int64 [T]: tokens
     FEATURE_ROWS = "feature_rows"  # int64 [F, 1]: tokens whose embedding is replaced
-    FEATURE_VALUES = "feature_values"  # float32 [F, hidden]
+    FEATURE_VALUES = "feature_values"  # float32 [F, feature_width]
     LOGITS_ROWS = "logits_rows"  # int64 [R], R > 0
     SHAPE = "shape"  # int64 [3]: B, S, -1
     LAST = "last"  # int32 [B]: place of a sequence's last token, counted from 0
@@ -46,12 +46,12 @@ def cpu_decoder(artifact: Artifact, capacity: int) -> bytes:
     spec = artifact.spec.decoder
     token_ids = builder.input(DecoderInputs.IDS, np.int64, ["T"])
     feature_rows = builder.input(DecoderInputs.FEATURE_ROWS, np.int64, ["F", 1])
-    feature_values = builder.input(DecoderInputs.FEATURE_VALUES, np.float32, ["F", spec.hidden])
+    feature_values = builder.input(DecoderInputs.FEATURE_VALUES, np.float32, ["F", spec.feature_width])
     rows = builder.input(DecoderInputs.LOGITS_ROWS, np.int64, ["R"])
-    layers = CpuDecoderLayers(builder, artifact)
+    layers = CpuDecoderLayers(builder, artifact, feature_rows, feature_values)
     attention = CpuDecoderAttention(builder, spec, capacity)
-    x = builder.op("ScatterND", layers.embedding(token_ids), feature_rows, feature_values)
-    builder.output(decoder_graph(layers, attention, spec, x, rows), DecoderInputs.LOGITS, np.float32)
+    logits = decoder_graph(layers, attention, spec, layers.tokens(token_ids), rows)
+    builder.output(logits, DecoderInputs.LOGITS, np.float32)
     attention.output_cache()
     return builder.serialise()
 
@@ -63,13 +63,20 @@ def rms_norm(builder: GraphBuilder, x: ir.Value, name: str, epsilon: float) -> i
 class CpuDecoderLayers:
     """Implements `DecoderLayers`."""
 
-    def __init__(self, builder: GraphBuilder, artifact: Artifact) -> None:
+    def __init__(
+        self, builder: GraphBuilder, artifact: Artifact, feature_rows: ir.Value, feature_values: ir.Value
+    ) -> None:
         self._builder = builder
         self._linears = linears(builder, artifact.precision)
-        self._epsilon = artifact.spec.decoder.norm_eps
+        self._spec = artifact.spec.decoder
+        self._epsilon = self._spec.norm_eps
+        self._feature_rows = feature_rows
+        self._feature_values = feature_values
 
-    def embedding(self, token_ids: ir.Value) -> ir.Value:
-        return self._linears.embedding(token_ids, "embedding")
+    def tokens(self, token_ids: ir.Value) -> ir.Value:
+        """[T, hidden]: embeddings of tokens, and image features."""
+        embedded = self._linears.embedding(token_ids, "embedding")
+        return self._builder.op("ScatterND", embedded, self._feature_rows, self._features(0))
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linears.linear(rms_norm(self._builder, x.value, norm, self._epsilon), name)
@@ -82,6 +89,15 @@ class CpuDecoderLayers:
     def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
         # SkipSimplifiedLayerNormalization adds and norms in one node, two to four times slower on this provider.
         residual.value = self._builder.op("Add", self._linears.linear(x, name), residual.value)
+
+    def add_features(self, residual: Residual, part: int) -> None:
+        features = self._features(part)
+        residual.value = self._builder.op("ScatterND", residual.value, self._feature_rows, features, reduction="add")
+
+    def _features(self, part: int) -> ir.Value:
+        if not self._spec.deepstack:
+            return self._feature_values
+        return self._builder.columns(self._feature_values, part * self._spec.hidden, (part + 1) * self._spec.hidden)
 
     def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
         normed = rms_norm(self._builder, x.value, norm, self._epsilon)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.attention import PagedAttention
+from engine.graphs.cuda.features import Features
 from engine.graphs.cuda.fused import STOCK, FusedDecodeAttention, FusedLayers, Fusion
 from engine.graphs.cuda.inputs import StepInputs
 from engine.graphs.cuda.linear import cuda_linears
@@ -81,11 +82,8 @@ class StockLayers:
         slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
         chosen = builder.op("Gather", slot_tokens, slots, axis=0)
         tokens = self._linears.embedding(builder.op("Where", builder.op("Less", ids, zero), chosen, ids), "embedding")
-        index = builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"])
-        features = builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", self._spec.hidden])
-        images = builder.op("Gather", features, builder.op("Max", index, zero), axis=0)
-        is_text = builder.reshape(builder.op("Less", index, zero), -1, 1)
-        return builder.op("Where", is_text, tokens, images)
+        self._features = Features(builder, self._spec)
+        return self._features.placed(0, tokens)
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linears.linear(self._norm(x, norm), name)
@@ -99,6 +97,9 @@ class StockLayers:
 
     def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
         residual.added = self._linears.linear(x, name)
+
+    def add_features(self, residual: Residual, part: int) -> None:
+        self._features.add(residual, part)
 
     def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
         return self._linears.linear(self._builder.op("Gather", self._norm(x, norm), rows, axis=0), name)

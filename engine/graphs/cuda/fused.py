@@ -17,6 +17,7 @@ import onnx_ir as ir
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import TESSERA
 from engine.graphs.cuda.attention import Caches
+from engine.graphs.cuda.features import Features
 from engine.graphs.cuda.heads import Heads
 from engine.graphs.cuda.inputs import PARTS, StepInputs
 from engine.graphs.cuda.weights import CudaBuilder
@@ -51,16 +52,11 @@ class FusedLayers:
     def tokens(self) -> ir.Value:
         """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
         builder = self._builder
-        return _node(
-            builder,
-            "TokenEmbedding",
-            builder.input(StepInputs.IDS, np.int32, ["T"]),
-            builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"]),
-            *self._weight("embedding"),
-            builder.input(StepInputs.FEATURE_INDEX, np.int32, ["T"]),
-            builder.input(StepInputs.FEATURES, builder.dtype.type, ["F", self._spec.hidden]),
-            parameters={},
-        )
+        ids = builder.input(StepInputs.IDS, np.int32, ["T"])
+        slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
+        self._features = features = Features(builder, self._spec)
+        inputs = (ids, slot_tokens, *self._weight("embedding"), features.index, features.part(0))
+        return _node(builder, "TokenEmbedding", *inputs, parameters={})
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linear(x.value, name, norm=norm)
@@ -70,6 +66,9 @@ class FusedLayers:
 
     def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
         residual.value = self._linear(x, name, residual=residual.value)
+
+    def add_features(self, residual: Residual, part: int) -> None:
+        self._features.add(residual, part)
 
     def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
         return self._linear(self._builder.op("Gather", x.value, rows, axis=0), name, norm=norm)

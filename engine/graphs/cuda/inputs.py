@@ -11,7 +11,7 @@ class StepInputs:
     IDS = "ids"  # [T]: token ids; -1 - s takes the token that was last chosen for slot s
     SLOT_TOKENS = "slot_tokens"  # [slots]: those tokens
     FEATURE_INDEX = "feature_index"  # [T]: the row of `features` that stands for the token, -1 for text
-    FEATURES = "features"  # activations [F, hidden], F > 0
+    FEATURES = "features"  # activations [F, feature_width], F > 0
     POSITIONS = "positions"  # [3, T]; only for three-axis rotary embedding
     STARTS = "starts"  # [B + 1]: where each sequence's tokens begin, and T
     PAST = "past"  # [B]: tokens that are in the cache already

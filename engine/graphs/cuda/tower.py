@@ -10,7 +10,7 @@ from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.linear import cuda_linears
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
-from engine.graphs.qwen_vision import qwen_vision_graph
+from engine.graphs.qwen_vision import TAPS, LearnedPositions, qwen_vision_graph
 from engine.graphs.siglip import siglip_graph
 from engine.spec import FloatType, QwenVisionSpec, SiglipSpec
 
@@ -23,7 +23,11 @@ class TowerInputs:
     OFFSET = "offset"  # int32 [B, patches of the longest]: places of real patches, then of padding, if it were padded
     COSINE = "cosine"  # [T, head_dim / 2], float32 for activations of float32, else float16; Qwen2-VL only
     SINE = "sine"
-    FEATURES = "features"  # activations [tokens, hidden of the decoder]
+    TAPS = "taps"  # int32 [4, T]; with learned positions that are interpolated only
+    TAP_WEIGHTS = "tap_weights"  # float32 [4, T, 1]
+    WINDOW_STARTS = "window_starts"  # as STARTS and OFFSET for windows, one behind the other; with windows only
+    WINDOW_OFFSET = "window_offset"
+    FEATURES = "features"  # activations [tokens, feature_width of the decoder]
 
 
 def cuda_tower(artifact: Artifact, activations: FloatType) -> CudaGraph:
@@ -40,9 +44,15 @@ def cuda_tower(artifact: Artifact, activations: FloatType) -> CudaGraph:
     else:
         assert isinstance(spec, QwenVisionSpec)
         pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["T", 3 * spec.patch**2])
-        features = qwen_vision_graph(CudaTowerDialect(builder, spec), spec, pixels)
+        positions = _positions(builder) if spec.position_side else None
+        features = qwen_vision_graph(CudaTowerDialect(builder, spec), spec, pixels, positions)
     builder.output(features, TowerInputs.FEATURES, builder.dtype.type)
     return builder.graph()
+
+
+def _positions(builder: CudaBuilder) -> LearnedPositions:
+    rows = builder.input(TowerInputs.TAPS, np.int32, [TAPS, "T"])
+    return LearnedPositions(rows, builder.input(TowerInputs.TAP_WEIGHTS, np.float32, [TAPS, "T", 1]))
 
 
 class CudaTowerDialect:
@@ -52,8 +62,11 @@ class CudaTowerDialect:
         self.builder = builder
         self._spec = spec
         self._linears = cuda_linears(builder, int8=False)
-        self._starts = builder.input(TowerInputs.STARTS, np.int32, ["B1"])
-        self._offset = builder.input(TowerInputs.OFFSET, np.int32, ["B", "L"])
+        starts = builder.input(TowerInputs.STARTS, np.int32, ["B1"])
+        self._sequences = self._windows = (builder.input(TowerInputs.OFFSET, np.int32, ["B", "L"]), starts)
+        if isinstance(spec, QwenVisionSpec) and spec.window:
+            starts = builder.input(TowerInputs.WINDOW_STARTS, np.int32, ["W1"])
+            self._windows = (builder.input(TowerInputs.WINDOW_OFFSET, np.int32, ["W", "P"]), starts)
         # The operator has no kernel for bfloat16. Queries, keys and values follow a norm and stay far below the
         # largest float16, and it rounds them eight times finer.
         self._narrow = builder.dtype == ml_dtypes.bfloat16
@@ -76,6 +89,9 @@ class CudaTowerDialect:
         return self._linears.linear(x, name)
 
     def activated(self, x: ir.Value, name: str, kind: str) -> ir.Value:
+        if kind == "silu_gate":
+            gate, up = self.builder.ops("Split", self.linear(x, name), outputs=2, axis=-1, num_outputs=2)
+            return self.builder.op("Mul", self.builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
         if kind == "quick_gelu":
             return self.builder.op("QuickGelu", self.linear(x, name), domain=MICROSOFT, alpha=1.702)
         product, bias = self._product(x, name)
@@ -87,6 +103,9 @@ class CudaTowerDialect:
         return self.builder.op("BiasGelu", product, bias, domain=MICROSOFT)
 
     def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        if not self.builder.has(f"{name}.bias"):
+            weight = self.weight(f"{name}.weight")
+            return self.builder.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
         affine = (self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
         return self.builder.op("LayerNormalization", x, *affine, axis=-1, epsilon=epsilon)
 
@@ -94,13 +113,18 @@ class CudaTowerDialect:
         self, x: ir.Value, name: str, residual: ir.Value, norm: str, epsilon: float
     ) -> tuple[ir.Value, ir.Value]:
         product, bias = self._product(x, name)
-        affine = (self.weight(f"{norm}.weight"), self.weight(f"{norm}.bias"))
+        has_shift = self.builder.has(f"{norm}.bias")
+        affine = [self.weight(f"{norm}.{part}") for part in (("weight", "bias") if has_shift else ("weight",))]
         normed, _, _, total = self.builder.ops(
-            "SkipLayerNormalization", product, residual, *affine, bias, outputs=4, domain=MICROSOFT, epsilon=epsilon
+            "SkipLayerNormalization" if has_shift else "SkipSimplifiedLayerNormalization",
+            *(product, residual, *affine, bias),
+            outputs=4,
+            domain=MICROSOFT,
+            epsilon=epsilon,
         )
         return normed, total
 
-    def attention(self, x: ir.Value, name: str) -> ir.Value:
+    def attention(self, x: ir.Value, name: str, *, windowed: bool = False) -> ir.Value:
         """One product that is split: a single image waits for launches, and three products are more of them."""
         packed = self.linear(x, name)
         if self._narrow:
@@ -110,7 +134,7 @@ class CudaTowerDialect:
             query, key = self._rotate(query), self._rotate(key)
         output = self.builder.op(
             "PackedMultiHeadAttention",
-            *(query, key, value, None, self._offset, self._starts),
+            *(query, key, value, None, *(self._windows if windowed else self._sequences)),
             domain=MICROSOFT,
             num_heads=self._spec.heads,
         )

@@ -65,7 +65,7 @@ class PagedDecoder:
         }
         self._cache_scales = dict(cache_scales or {})
         self._logits = torch.zeros((slots, spec.vocab), dtype=dtype, device=device)
-        self._no_features = torch.zeros((1, spec.hidden), dtype=dtype, device=device)
+        self._no_features = torch.zeros((1, spec.feature_width), dtype=dtype, device=device)
         self._slot_tokens = slot_tokens
         table = slots * -(-context_length // block_size)
         self._step_tokens = step_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from engine.checkpoints.artifact import Artifact
 from engine.graphs.cuda.tower import TowerInputs, cuda_tower
 from engine.runtime.cuda.session import CudaSession, GraphSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
-from engine.runtime.encoder import TowerInput, vision_rotary
+from engine.runtime.encoder import TowerInput
+from engine.runtime.vision_layout import WindowLayout, position_taps, vision_rotary, window_layout
 from engine.spec import FloatType, ModelSpec, QwenVisionSpec, SiglipSpec
 
 PATCHES_PER_CALL = 16384  # some 40 KiB of activations each for towers of 1280 dimensions; one image may exceed it
-_KEPT_GRIDS = 32  # rotary tables, a few hundred KiB each
+_KEPT_GRIDS = 32  # rotary tables and positions, a few hundred KiB each
 
 
 def open_encoder(artifact: Artifact, activations: FloatType, device: torch.device) -> CudaEncoder:
@@ -49,15 +51,15 @@ class CudaEncoder:
         self.weight_bytes = weight_bytes  # of the session, on the device
         self._session = session
         self._spec = spec.vision
-        self._hidden = spec.decoder.hidden
+        self._width = spec.decoder.feature_width
         self._dtype = torch_type(activations)
         self._table_dtype = torch.float32 if activations == "float32" else torch.float16
         self._device = device
         self._patches_per_call = patches_per_call
-        self._tables = lru_cache(_KEPT_GRIDS)(self._rotary_tables)
+        self._grids = lru_cache(_KEPT_GRIDS)(self._grid_tables)
 
     def encode(self, images: Sequence[TowerInput]) -> list[torch.Tensor]:
-        """One [tokens, hidden] per image on the device, enqueued on its stream; views of one tensor per call."""
+        """One [tokens, feature_width] per image on the device, enqueued on its stream; views of one tensor per call."""
         features: list[torch.Tensor] = []
         for batch in self._batches(images):
             features += self._run(batch)
@@ -86,12 +88,18 @@ class CudaEncoder:
             TowerInputs.STARTS: self._to_device([starts]),
             TowerInputs.OFFSET: self._to_device([offset]).view(offset.shape),
         }
+        grids: list[_Grid] = []
         if isinstance(self._spec, QwenVisionSpec):
-            tables = zip(*(self._tables(*image.grid[1:]) for image in images), strict=True)
-            inputs[TowerInputs.COSINE], inputs[TowerInputs.SINE] = (torch.cat(parts) for parts in tables)
+            grids = [self._grids(*image.grid[1:]) for image in images]
+            inputs |= self._grid_inputs(self._spec, grids)
         tokens = [image.tokens for image in images]
-        features = torch.empty((sum(tokens), self._hidden), dtype=self._dtype, device=self._device)
+        features = torch.empty((sum(tokens), self._width), dtype=self._dtype, device=self._device)
+        windows = [grid.windows for grid in grids if grid.windows]
+        if windows:
+            inputs[TowerInputs.PIXELS] = inputs[TowerInputs.PIXELS][_joined([window.order for window in windows])]
         self._session.run(self._session.bind(inputs, {TowerInputs.FEATURES: features}))
+        if windows:
+            features = features[_joined([window.back for window in windows])]
         return torch.split(features, tokens)
 
     def _pixels(self, images: Sequence[TowerInput]) -> torch.Tensor:
@@ -112,11 +120,41 @@ class CudaEncoder:
             start = stop
         return patches
 
-    def _rotary_tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert isinstance(self._spec, QwenVisionSpec)
-        cosine, sine = (self._to_device([table]) for table in vision_rotary(self._spec, height, width))
-        half = self._spec.hidden // self._spec.heads // 2
-        return cosine.view(-1, half).to(self._table_dtype), sine.view(-1, half).to(self._table_dtype)
+    def _grid_inputs(self, spec: QwenVisionSpec, grids: Sequence[_Grid]) -> dict[str, torch.Tensor]:
+        inputs = {
+            TowerInputs.COSINE: torch.cat([grid.cosine for grid in grids]),
+            TowerInputs.SINE: torch.cat([grid.sine for grid in grids]),
+        }
+        if spec.position_side:
+            inputs[TowerInputs.TAPS] = torch.cat([grid.positions[0] for grid in grids if grid.positions], 1)
+            inputs[TowerInputs.TAP_WEIGHTS] = torch.cat([grid.positions[1] for grid in grids if grid.positions], 1)
+        if spec.window:
+            starts, offset = packing(np.concatenate([grid.windows.sizes for grid in grids if grid.windows]))
+            inputs[TowerInputs.WINDOW_STARTS] = self._to_device([starts])
+            inputs[TowerInputs.WINDOW_OFFSET] = self._to_device([offset]).view(offset.shape)
+        return inputs
+
+    def _grid_tables(self, height: int, width: int) -> _Grid:
+        """Patches lie in the order of their windows, if there are any, all through the tower."""
+        spec = self._spec
+        assert isinstance(spec, QwenVisionSpec)
+        layout = window_layout(spec, height, width) if spec.window else None
+        order = layout.order if layout else slice(None)
+        half = spec.hidden // spec.heads // 2
+        cosine, sine = (
+            self._to_device([table[order]]).view(-1, half).to(self._table_dtype)
+            for table in vision_rotary(spec, height, width)
+        )
+        positions = None
+        if spec.position_side:
+            taps, weights = position_taps(spec, height, width)
+            rows = self._to_device([taps[:, order].astype(np.int32)])
+            positions = rows.view(taps.shape), self._to_device([weights[:, order]]).view(weights.shape)
+        return _Grid(cosine, sine, positions, self._windows(layout) if layout else None)
+
+    def _windows(self, layout: WindowLayout) -> _Windows:
+        back = np.argsort(layout.tokens)
+        return _Windows(layout.sizes, self._to_device([layout.order]), self._to_device([back]))
 
     def _to_device(self, arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
         """Flat, one after the other, through page-locked memory, which torch keeps until the copy is done."""
@@ -125,6 +163,31 @@ class CudaEncoder:
         host = torch.empty(size, dtype=dtype, pin_memory=self._device.type == "cuda")
         np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy())
         return host.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Windows:
+    """Sizes of an image's windows on the host; on the device their patches in order, and the way back for tokens."""
+
+    sizes: NDArray[np.int64]
+    order: torch.Tensor
+    back: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grid:
+    """What images of one size have in common, on the device."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+    positions: tuple[torch.Tensor, torch.Tensor] | None
+    windows: _Windows | None
+
+
+def _joined(orders: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Orders of several images' rows as one of all their rows."""
+    starts = itertools.accumulate((len(order) for order in orders), initial=0)
+    return torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +215,7 @@ def _sequences(spec: SiglipSpec | QwenVisionSpec, image: TowerInput) -> list[int
     return [image.grid[1] * image.grid[2]]
 
 
-def packing(lengths: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def packing(lengths: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """TowerInputs.STARTS [B + 1] and OFFSET [B, longest] of sequences of these lengths."""
     sizes = np.asarray(lengths, np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from engine.errors import (
     InvalidRequest,
     QueueFull,
 )
+from engine.fetch import ImageFetcher
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
@@ -40,9 +41,12 @@ from engine.replica import Replica
 from engine.request import Chunk, Finished, Image, Message, Request, Timings
 from engine.sampling import SamplerState
 from engine.scheduling.sequence import Sequence
-from engine.stats import OnStep
+from engine.stats import Counts, OnStep, Uncounted, both
 from engine.storage import open_storage
 from engine.stream import OnEvent, Stream
+
+if TYPE_CHECKING:
+    from engine.metrics import MetricsServer
 
 logger = logging.getLogger(__name__)
 CLOCK_S = 0.2  # how late an expired request may be noticed
@@ -58,6 +62,7 @@ class Engine:
         self._open_cuda = open_cuda
         open_storage(config.storage)
         self._answers, self._features = _open_caches(config)
+        self._counts: Counts = Uncounted()
         self._on_step = on_step
         self._lock = threading.Lock()
         self._open: dict[Stream, str] = {}  # and the model each is for
@@ -71,19 +76,33 @@ class Engine:
         self._closing = False
         self._loader = ThreadPoolExecutor(1, "engine-load")
         self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
+        self._fetcher = ImageFetcher(config)
         self._stopped = threading.Event()
         self._clock = threading.Thread(target=self._run_clock, name="engine-clock", daemon=True)
         self._clock.start()
+        self._metrics_server = self._serve_metrics(config.metrics_port) if config.metrics_port else None
+
+    def _serve_metrics(self, port: int) -> MetricsServer:
+        from engine.metrics import Metrics, MetricsServer  # Prometheus's client, which an engine without has no need of
+
+        metrics = Metrics(self.status)
+        self._counts, self._on_step = metrics, both(self._on_step, metrics.on_step)
+        return MetricsServer(port, metrics.registry)
 
     def submit(self, request: Request, on_event: OnEvent | None = None) -> Stream:
         """Accept a request. Raises at once: InvalidRequest, UnknownModel, QueueFull, EngineStopped.
 
         Everything else that goes wrong ends the stream with the error.
         """
-        if len(request.images) > self.config.max_images:
-            raise InvalidRequest(
-                f"{len(request.images)} images in one request; the limit is {self.config.max_images} (max_images)"
-            )
+        try:
+            return self._submit(request, on_event)
+        except EngineError as error:
+            self._counts.ended(request.model if request.model in self._models else "", error)
+            raise
+
+    def _submit(self, request: Request, on_event: OnEvent | None) -> Stream:
+        if (images := len(request.images) + len(request.image_urls)) > self.config.max_images:
+            raise InvalidRequest(f"{images} images in one request; the limit is {self.config.max_images} (max_images)")
         find_checkpoint(request.model, self.config.storage)
         accepted = time.monotonic()
         limit = self.config.request_timeout_s if request.timeout_s is None else request.timeout_s
@@ -96,12 +115,14 @@ class Engine:
                     f"the queue is full ({self.config.max_waiting} waiting); try again or raise max_waiting"
                 )
             self._open[stream] = request.model
-        start = partial(self._prepare, request, stream, accepted)
-        self._model(request.model).add_done_callback(lambda model: self._workers.submit(start, model))
+        pool, prepare = (self._fetcher.pool, self._fetch) if request.image_urls else (self._workers, self._prepare)
+        start = partial(prepare, request, stream, accepted)
+        self._model(request.model).add_done_callback(lambda model: pool.submit(start, model))
         return stream
 
     def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
         """Tokens of the prompt, images included. Blocks while the model loads."""
+        messages = self._fetcher.fetched(messages)
         images = [part for message in messages for part in message.parts if isinstance(part, Image)]
         sizes = [image_size(image.data, max_megapixels=self.config.max_image_megapixels) for image in images]
         return self.load(model).prompts.count(messages, sizes)
@@ -125,6 +146,8 @@ class Engine:
 
     def close(self) -> None:
         """Fail open requests, write out the caches, end all threads."""
+        if self._metrics_server is not None:
+            self._metrics_server.close()
         with self._lock:
             self._closing = True
             streams = list(self._open)
@@ -134,6 +157,7 @@ class Engine:
         self._clock.join()
         self._loader.shutdown(cancel_futures=True)
         self._workers.shutdown(cancel_futures=True)
+        self._fetcher.close()
         for loop in self._loops:
             loop.close()
         for cache in (self._answers, self._features):
@@ -160,15 +184,16 @@ class Engine:
         _leave_to_the_end()
         return model
 
+    def _fetch(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
+        with stream.failing():
+            if not stream.has_ended:
+                request = replace(request, messages=self._fetcher.fetched(request.messages))
+                self._workers.submit(self._prepare, request, stream, accepted, loaded)
+
     def _prepare(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
-        try:
+        with stream.failing():
             if not stream.has_ended:
                 self._start(loaded.result(), request, stream, accepted)
-        except EngineError as error:
-            stream.push(error)
-        except Exception as error:
-            logger.exception("preparing a request failed")
-            stream.push(EngineError(f"preparing the request failed: {error}"))
 
     def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
         """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
@@ -176,7 +201,7 @@ class Engine:
         prompt = model.prompts.build(request.messages, layouts)
         max_tokens = _fit(len(prompt.token_ids), request.sampling.max_tokens, model.context_length)
         key = self._answer_key(model, request, prompt)
-        if key is not None and self._answers is not None and (answer := self._answers.get(key)) is not None:
+        if (answer := self._known_answer(model, key)) is not None:
             _replay(answer, stream, accepted)
             return
         with self._jobs_lock:
@@ -188,7 +213,9 @@ class Engine:
         try:
             features = [self._known_features(model, layout.key) for layout in layouts]
             images = self._pixels(model, request, layouts, features)
-            sampler = SamplerState(request.sampling, prompt.token_ids)
+            schema = request.sampling.schema
+            grammar = None if schema is None else model.grammars.matcher(schema)
+            sampler = SamplerState(request.sampling, prompt.token_ids, grammar=grammar)
             job.on_prepared()
             model.add(Sequence(number, prompt, images, features, sampler, max_tokens, job))
         except EngineError as error:
@@ -216,6 +243,13 @@ class Engine:
         keys = [span.key for span in prompt.image_spans]
         return answer_key(model.numerics, prompt.token_ids, keys, request.sampling)
 
+    def _known_answer(self, model: Model, key: bytes | None) -> Answer | None:
+        if key is None or self._answers is None:
+            return None
+        answer = self._answers.get(key)
+        self._counts.looked_up(model.name, "answers", found=answer is not None)
+        return answer
+
     def _new_job(
         self,
         model: Model,
@@ -229,6 +263,7 @@ class Engine:
         """New work; others may join it until it is over, and its answer is kept when it may be."""
 
         def keep(text: str, finished: Finished) -> None:
+            self._counts.computed(model.name, finished)
             if key is not None and self._answers is not None:
                 self._answers.put(key, Answer(text, finished.reason, finished.usage))
 
@@ -252,7 +287,11 @@ class Engine:
         return job
 
     def _known_features(self, model: Model, key: bytes) -> NDArray[np.floating] | None:
-        return None if self._features is None else self._features.get(feature_key(key, model.numerics))
+        if self._features is None:
+            return None
+        features = self._features.get(feature_key(key, model.numerics))
+        self._counts.looked_up(model.name, "features", found=features is not None)
+        return features
 
     def _keep_features(self, numerics: str, key: bytes, features: NDArray[np.floating]) -> None:
         assert self._features is not None, "This is a bug: nobody asked for features."
@@ -292,6 +331,8 @@ class Engine:
             name = self._open.pop(stream, None)
             if name is not None:
                 self._last_used[name] = time.monotonic()
+        if name is not None and stream.last is not None:
+            self._counts.ended(name, stream.last)
         for loop in self._loops:
             loop.on_stream_end()
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+from engine.errors import EngineError
+from engine.request import Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,41 @@ class StepRecord:
 
 
 OnStep = Callable[[StepRecord], None]
+
+
+def both(first: OnStep | None, second: OnStep) -> OnStep:
+    """Tell two of each step."""
+    if first is None:
+        return second
+
+    def tell(record: StepRecord) -> None:
+        first(record)
+        second(record)
+
+    return tell
+
+
+class Counts(Protocol):
+    """Who counts what happens to requests: engine.metrics.Metrics, where the words are explained, or nobody."""
+
+    def ended(self, model: str, event: Finished | EngineError) -> None: ...
+
+    def computed(self, model: str, finished: Finished) -> None: ...
+
+    def looked_up(self, model: str, cache: str, *, found: bool) -> None: ...
+
+
+class Uncounted:
+    """Nobody."""
+
+    def ended(self, model: str, event: Finished | EngineError) -> None:
+        """Not counted."""
+
+    def computed(self, model: str, finished: Finished) -> None:
+        """Not counted."""
+
+    def looked_up(self, model: str, cache: str, *, found: bool) -> None:
+        """Not counted."""
 
 
 @dataclass(frozen=True, slots=True)

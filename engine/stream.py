@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from engine.errors import Cancelled, EngineError
 from engine.request import Event, Finished
 
+logger = logging.getLogger(__name__)
 OnEvent = Callable[[Event | EngineError], None]
 
 
@@ -25,6 +28,7 @@ class Stream:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._ended = False
+        self.last: Finished | EngineError | None = None  # once it has ended
         self.deadline = deadline
 
     @property
@@ -33,14 +37,25 @@ class Stream:
 
     def push(self, event: Event | EngineError) -> None:
         """Deliver an event; nothing reaches a stream that has ended."""
-        last = isinstance(event, EngineError | Finished)
+        last = event if isinstance(event, EngineError | Finished) else None
         with self._lock:
             if self._ended:
                 return
-            self._ended = last
+            self.last, self._ended = last, last is not None
             self._on_event(event)
-        if last:
+        if last is not None:
             self._on_end(self)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Whatever goes wrong inside ends the stream: its caller would wait for ever otherwise."""
+        try:
+            yield
+        except EngineError as error:
+            self.push(error)
+        except Exception as error:
+            logger.exception("preparing a request failed")
+            self.push(EngineError(f"preparing the request failed: {error}"))
 
     def cancel(self) -> None:
         """End the stream now, from any thread; work that nobody else waits for stops at the next step."""

@@ -142,6 +142,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "feature_cache_mib": ("1 GB", "0", "1048577"),
     "cache_expiry_hours": ("a week", "0", "87601"),
     "threads": ("all", "-1", "1025"),
+    "metrics_port": ("all", "-1", "65536"),
 }
 
 

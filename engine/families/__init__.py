@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families import llama, qwen2, qwen2_vl, qwen3, qwen3_vl, smolvlm
+from engine.families import llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl, smolvlm
 from engine.families.family import CheckpointConfig, Family, Weight
 
 __all__ = ["FAMILIES", "CheckpointConfig", "Family", "Weight", "family_for"]
@@ -14,6 +14,7 @@ __all__ = ["FAMILIES", "CheckpointConfig", "Family", "Weight", "family_for"]
 FAMILIES: tuple[Family, ...] = (
     smolvlm.FAMILY,
     qwen2_vl.FAMILY,
+    qwen2_5_vl.FAMILY,
     qwen3_vl.FAMILY,
     llama.FAMILY,
     qwen2.FAMILY,

@@ -9,7 +9,7 @@ from engine.families.section import Section
 from engine.families.vision import ACTIVATIONS, read_norm
 from engine.spec import DecoderSpec, ModelSpec, PixelNorm, QwenVisionSpec
 
-_DECODER = DecoderDefaults(
+DECODER = DecoderDefaults(
     layers=80,
     hidden=8192,
     heads=64,
@@ -34,7 +34,7 @@ def _spec(config: CheckpointConfig) -> ModelSpec:
     tied = model.boolean("tie_word_embeddings", False) or text.boolean("tie_word_embeddings", False)
     return ModelSpec(
         family="qwen2_vl",
-        decoder=read_decoder(text, _DECODER, tied=tied),
+        decoder=read_decoder(text, DECODER, tied=tied),
         tokens=read_tokens(config, model, text, image=model.integer("image_token_id", 151655)),
         vision=_vision(model.section("vision_config"), config),
     )

@@ -35,7 +35,7 @@ def mixed(tiny: Tiny) -> list[Picture]:
     shapes = (
         [(0, 0), (1, 2), (2, 1), (0, 0)]
         if isinstance(tiny.spec.vision, SiglipSpec)
-        else [(4, 6), (2, 2), (8, 2), (4, 6)]
+        else [(4, 6), (2, 2), (8, 2), (4, 6)]  # windows of four patches on a side are full, cut, and alone
     )
     return pictures(tiny.spec, shapes, seed=3)
 

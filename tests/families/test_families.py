@@ -12,6 +12,7 @@ from transformers import (
     Idefics3Config,
     LlamaConfig,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen3Config,
@@ -48,7 +49,17 @@ def written(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "config_class", [LlamaConfig, Qwen2Config, SmolVLMConfig, Idefics3Config, Qwen2VLConfig, Qwen3Config, Qwen3VLConfig]
+    "config_class",
+    [
+        LlamaConfig,
+        Qwen2Config,
+        SmolVLMConfig,
+        Idefics3Config,
+        Qwen2VLConfig,
+        Qwen2_5_VLConfig,
+        Qwen3Config,
+        Qwen3VLConfig,
+    ],
 )
 def test_a_field_left_out_means_what_transformers_means(config_class: type[PreTrainedConfig]) -> None:
     # 224 pixels in patches of 32 make 7 on a side, which the default factor 2 does not divide in transformers either.
@@ -56,7 +67,7 @@ def test_a_field_left_out_means_what_transformers_means(config_class: type[PreTr
     text = config_class().get_text_config()
     for ours, theirs in TEXT_FIELDS.items():
         assert getattr(spec.decoder, ours) == getattr(text, theirs), ours
-    assert spec.decoder.qkv_bias == (config_class in (Qwen2Config, Qwen2VLConfig))
+    assert spec.decoder.qkv_bias == (config_class in (Qwen2Config, Qwen2VLConfig, Qwen2_5_VLConfig))
     assert spec.decoder.qk_norm == (config_class in (Qwen3Config, Qwen3VLConfig))
     assert spec.decoder.head_dim == getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     theta = text.rope_parameters["rope_theta"]
@@ -92,6 +103,52 @@ def test_qwen_vision_fields_left_out_mean_what_transformers_means() -> None:
     assert spec.vision.activation == vision.hidden_act
     assert spec.decoder.rope.mrope_section == (16, 24, 24)
     assert spec.tokens.image == theirs.image_token_id
+
+
+def test_qwen2_5_vision_fields_left_out_mean_what_transformers_means() -> None:
+    spec = read({"model_type": "qwen2_5_vl"}).vision
+    theirs: Any = Qwen2_5_VLConfig()
+    vision = theirs.vision_config
+    assert isinstance(spec, QwenVisionSpec)
+    assert spec == QwenVisionSpec(
+        layers=vision.depth,
+        hidden=vision.hidden_size,
+        heads=vision.num_heads,
+        intermediate=vision.intermediate_size,
+        norm_eps=1e-6,
+        activation="silu_gate",
+        patch=vision.patch_size,
+        temporal_patch=vision.temporal_patch_size,
+        merge=vision.spatial_merge_size,
+        norm=spec.norm,
+        window=vision.window_size // vision.patch_size,
+        full_attention=tuple(vision.fullatt_block_indexes),
+    )
+    assert [layer for layer in range(spec.layers) if not spec.is_windowed(layer)] == [7, 15, 23, 31]
+
+
+def test_qwen3_vision_fields_left_out_mean_what_transformers_means() -> None:
+    spec = read({"model_type": "qwen3_vl"})
+    theirs: Any = Qwen3VLConfig()
+    vision = theirs.vision_config
+    assert isinstance(spec.vision, QwenVisionSpec)
+    assert spec.vision == QwenVisionSpec(
+        layers=vision.depth,
+        hidden=vision.hidden_size,
+        heads=vision.num_heads,
+        intermediate=vision.intermediate_size,
+        norm_eps=1e-6,
+        activation=vision.hidden_act,
+        patch=vision.patch_size,
+        temporal_patch=vision.temporal_patch_size,
+        merge=vision.spatial_merge_size,
+        norm=spec.vision.norm,
+        position_side=48,
+        deepstack=tuple(vision.deepstack_visual_indexes),
+    )
+    assert spec.decoder.feature_width == 4 * spec.decoder.hidden
+    assert spec.tokens.image == theirs.image_token_id
+    assert read({"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": []}}).decoder.deepstack == 0
 
 
 @pytest.mark.parametrize(
@@ -162,7 +219,7 @@ def test_pixels_are_normalised_as_the_preprocessor_configuration_says() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba"}, "runs idefics3, llama, qwen2, qwen2_vl, qwen3, qwen3_vl, smolvlm"),
+        ({"model_type": "mamba"}, "model_type 'mamba'; this engine runs "),
         ({}, "model_type None"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of silu"),
         ({"model_type": "llama", "num_hidden_layers": "six"}, "num_hidden_layers is 'six'"),
@@ -183,6 +240,19 @@ def test_pixels_are_normalised_as_the_preprocessor_configuration_says() -> None:
             "mrope_interleaved is False; it must be true",
         ),
         ({"model_type": "qwen2_vl", "rope_scaling": {"mrope_section": [1, 2]}}, "add up to half of head_dim, 64"),
+        (
+            {"model_type": "qwen2_5_vl", "vision_config": {"window_size": 20}},
+            "window_size is 20; it must be at least 28",
+        ),
+        ({"model_type": "qwen2_5_vl", "vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act is 'gelu'"),
+        ({"model_type": "qwen3_vl", "vision_config": {"out_hidden_size": 8}}, "out_hidden_size is 8; it must be 4096"),
+        ({"model_type": "qwen3_vl", "vision_config": {"num_position_embeddings": 50}}, "the square of an integer"),
+        ({"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [3, 1]}}, "list of growing numbers"),
+        (
+            {"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [27]}},
+            "below the tower's 27 layers",
+        ),
+        ({"model_type": "qwen3_vl", "text_config": {"num_hidden_layers": 2}}, "at most as many as the decoder's 2"),
     ],
 )
 def test_what_is_not_supported_is_said_by_name(config: dict[str, Any], message: str) -> None:
@@ -217,6 +287,8 @@ def test_every_tensor_that_transformers_saves_is_used_once(family: Any, tmp_path
         ("qwen2_vl", "model.language_model.norm.weight", "text.norm.weight"),
         ("qwen2_vl", "lm_head.weight", "head.weight"),
         ("qwen3_vl", "model.language_model.layers.0.self_attn.q_norm.weight", "text.layers.0.self_attn.q_norm.weight"),
+        ("qwen2_5_vl", "visual.blocks.0.mlp.up_proj.bias", "vision.blocks.0.mlp.up_proj.bias"),
+        ("qwen2_5_vl", "model.visual.merger.mlp.2.bias", "vision.merger.mlp.2.bias"),
         ("qwen3_vl", "model.visual.pos_embed.weight", "vision.pos_embed.weight"),
     ],
 )

@@ -97,6 +97,20 @@ def test_smolvlm_keeps_a_line_of_pixels(tmp_path: Path) -> None:
     assert found.pixels.shape == (4, 3, 32, 32)
 
 
+@pytest.mark.parametrize("limits", [(65536, 16777216), (32 * 32, 64 * 64 * 30)])
+def test_qwen3_patches_are_those_of_transformers(limits: tuple[int, int], tmp_path: Path) -> None:
+    """As Qwen3-VL's checkpoints set Qwen2-VL's processor up."""
+    size = {"shortest_edge": limits[0], "longest_edge": limits[1]}
+    reference = Qwen2VLImageProcessorPil(size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = image_processor(saved(tmp_path, reference), qwen_spec(patch=16))
+    for shape in QWEN_SIZES:
+        wanted = reference(picture(*shape), return_tensors="np", **RAW)
+        found = processor.process(picture(*shape), b"file")
+        assert np.array_equal(patches(found, 16, 2, 2), wanted["pixel_values"]), shape
+        assert list(found.grid) == wanted["image_grid_thw"][0].tolist()
+        assert processor.count(*shape) == (found.tokens, found.grid)
+
+
 @pytest.mark.parametrize("limits", [(56 * 56, 28 * 28 * 1280), (100 * 100, 200 * 200), (28 * 28, 28 * 28 * 4)])
 def test_qwen_patches_are_those_of_transformers(limits: tuple[int, int], tmp_path: Path) -> None:
     reference = Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1], size={})

@@ -16,6 +16,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from engine.request import Image, Message, Text
 from engine.spec import ModelSpec
@@ -135,6 +136,27 @@ def qwen2_vl(folder: Path, *, template: str = QWEN_TEMPLATE) -> Reference:
     processor = _Qwen2VLProcessor(images, tokenizer, chat_template=template)
     processor.save_pretrained(folder)
     return Reference(folder, qwen_spec(image=processor.image_token_id), processor)
+
+
+def qwen3_vl(folder: Path) -> Reference:
+    """Qwen2-VL's layout with patches of 16 pixels, and limits in the spelling of Qwen3-VL's checkpoints."""
+    reference = qwen2_vl(folder)
+    tokenizer = reference.processor.tokenizer
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 30}, patch_size=16)
+    processor = _Qwen3VLProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    processor.save_pretrained(folder)
+    return Reference(folder, qwen_spec(patch=16, image=processor.image_token_id), processor)
+
+
+class _Qwen3VLProcessor(Qwen3VLProcessor):
+    """Without video, as below."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
 
 
 class _Qwen2VLProcessor(Qwen2VLProcessor):

@@ -11,7 +11,16 @@ import pytest
 import torch
 from numpy.random import Generator
 from PIL import Image as Picture
-from transformers import AutoTokenizer, Idefics3Processor, Qwen2VLConfig, Qwen2VLModel
+from transformers import (
+    AutoTokenizer,
+    Idefics3Processor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+)
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from engine.preprocess import ImageInput, image_processor
@@ -73,6 +82,11 @@ def qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return checkpoints.qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
 
 
+@pytest.fixture(scope="module")
+def qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return checkpoints.qwen3_vl(tmp_path_factory.mktemp("qwen3_vl"))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_smolvlm_prompts_are_those_of_transformers(seed: int, smolvlm: Reference) -> None:
     messages, pictures = conversation(np.random.default_rng(seed), seed % 5)
@@ -97,12 +111,37 @@ def test_qwen2_vl_prompts_are_those_of_transformers(seed: int, qwen2_vl: Referen
     assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
 
 
-def rope_index(wanted: Any) -> tuple[list[list[int]], int]:
+@pytest.mark.parametrize("seed", range(20))
+def test_qwen3_vl_prompts_are_those_of_transformers(seed: int, qwen3_vl: Reference) -> None:
+    messages, pictures = conversation(np.random.default_rng(seed), seed % 5)
+    builder = PromptBuilder(qwen3_vl.folder, qwen3_vl.spec)
+    prompt = builder.build(messages, inputs(qwen3_vl, pictures))
+    wanted = qwen3_vl.inputs(messages, pictures)
+    assert prompt.token_ids.tolist() == wanted["input_ids"][0].tolist()
+    tower = {"depth": 1, "hidden_size": 16, "num_heads": 2, "deepstack_visual_indexes": []}
+    positions, delta = rope_index(wanted, Qwen3VLModel, Qwen3VLConfig, tower)
+    assert prompt.positions.tolist() == positions
+    assert prompt.position_delta == delta
+    assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_qwen2_5_vl_counts_positions_of_images_as_qwen2_vl_does(seed: int, qwen2_vl: Reference) -> None:
+    messages, pictures = conversation(np.random.default_rng(seed), 1 + seed % 4)
+    wanted = qwen2_vl.inputs(messages, pictures)
+    prompt = PromptBuilder(qwen2_vl.folder, qwen2_vl.spec).build(messages, inputs(qwen2_vl, pictures))
+    found = rope_index(wanted, Qwen2_5_VLModel, Qwen2_5_VLConfig, {"depth": 1, "hidden_size": 16, "num_heads": 2})
+    assert (prompt.positions.tolist(), prompt.position_delta) == found
+
+
+def rope_index(
+    wanted: Any, model_class: Any = Qwen2VLModel, config_class: Any = Qwen2VLConfig, tower: Any = None
+) -> tuple[list[list[int]], int]:
     with torch.device("meta"):
-        model: Any = Qwen2VLModel(
-            Qwen2VLConfig(
+        model: Any = model_class(
+            config_class(
                 text_config={"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 9},
-                vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2},
+                vision_config=tower or {"depth": 1, "embed_dim": 16, "num_heads": 2},
             )
         )
     grid = torch.tensor(wanted["image_grid_thw"]) if "image_grid_thw" in wanted else None

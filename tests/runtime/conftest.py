@@ -22,6 +22,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "smolvlm": models.smolvlm,
     "idefics3": models.idefics3,
     "qwen2_vl": models.qwen2_vl,
+    "qwen2_5_vl": models.qwen2_5_vl,
     "llama": lambda: models.llama(head_dim=32, num_key_value_heads=1, mlp_bias=True, attention_bias=True),
     "qwen2": lambda: models.qwen2(num_key_value_heads=4, tie_word_embeddings=True),
     "qwen3": models.qwen3,
@@ -32,6 +33,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "smolvlm": [(0, 0), (1, 2), (0, 0)],
     "idefics3": [(2, 2), (0, 0)],
     "qwen2_vl": [(4, 6), (2, 2), (4, 6), (8, 2)],
+    "qwen2_5_vl": [(8, 14), (2, 2), (12, 6)],
     "llama": [],
     "qwen2": [],
     "qwen3": [],
@@ -89,12 +91,12 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen3_vl"])
+@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["qwen2_vl", "qwen3_vl"])
+@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def tiny_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Three rotary positions per token."""
     return make_tiny(request.param, tmp_path_factory)

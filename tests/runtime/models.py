@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2VLConfig,
@@ -96,6 +98,29 @@ def qwen2_vl(**text: Any) -> PreTrainedModel:
         vision_end_token_id=96,
     )
     return Qwen2VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+
+
+def qwen2_5_vl(**text: Any) -> PreTrainedModel:
+    """Windows of 4 x 4 patches, and one layer that sees the whole image."""
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = Qwen2_5_VLConfig(
+        text_config=_text(rope_parameters=rope, **text),
+        vision_config={
+            "depth": 3,
+            "hidden_size": 72,
+            "out_hidden_size": 64,
+            "intermediate_size": 60,
+            "num_heads": 3,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=98,
+        vision_start_token_id=95,
+        vision_end_token_id=96,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
 
 
 def llama(**changes: Any) -> PreTrainedModel:

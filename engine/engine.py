@@ -31,6 +31,7 @@ from engine.errors import (
     InvalidRequest,
     QueueFull,
 )
+from engine.fetch import ImageFetcher
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
@@ -75,6 +76,7 @@ class Engine:
         self._closing = False
         self._loader = ThreadPoolExecutor(1, "engine-load")
         self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
+        self._fetcher = ImageFetcher(config)
         self._stopped = threading.Event()
         self._clock = threading.Thread(target=self._run_clock, name="engine-clock", daemon=True)
         self._clock.start()
@@ -99,10 +101,8 @@ class Engine:
             raise
 
     def _submit(self, request: Request, on_event: OnEvent | None) -> Stream:
-        if len(request.images) > self.config.max_images:
-            raise InvalidRequest(
-                f"{len(request.images)} images in one request; the limit is {self.config.max_images} (max_images)"
-            )
+        if (images := len(request.images) + len(request.image_urls)) > self.config.max_images:
+            raise InvalidRequest(f"{images} images in one request; the limit is {self.config.max_images} (max_images)")
         find_checkpoint(request.model, self.config.storage)
         accepted = time.monotonic()
         limit = self.config.request_timeout_s if request.timeout_s is None else request.timeout_s
@@ -115,12 +115,14 @@ class Engine:
                     f"the queue is full ({self.config.max_waiting} waiting); try again or raise max_waiting"
                 )
             self._open[stream] = request.model
-        start = partial(self._prepare, request, stream, accepted)
-        self._model(request.model).add_done_callback(lambda model: self._workers.submit(start, model))
+        pool, prepare = (self._fetcher.pool, self._fetch) if request.image_urls else (self._workers, self._prepare)
+        start = partial(prepare, request, stream, accepted)
+        self._model(request.model).add_done_callback(lambda model: pool.submit(start, model))
         return stream
 
     def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
         """Tokens of the prompt, images included. Blocks while the model loads."""
+        messages = self._fetcher.fetched(messages)
         images = [part for message in messages for part in message.parts if isinstance(part, Image)]
         sizes = [image_size(image.data, max_megapixels=self.config.max_image_megapixels) for image in images]
         return self.load(model).prompts.count(messages, sizes)
@@ -155,6 +157,7 @@ class Engine:
         self._clock.join()
         self._loader.shutdown(cancel_futures=True)
         self._workers.shutdown(cancel_futures=True)
+        self._fetcher.close()
         for loop in self._loops:
             loop.close()
         for cache in (self._answers, self._features):
@@ -181,15 +184,16 @@ class Engine:
         _leave_to_the_end()
         return model
 
+    def _fetch(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
+        with stream.failing():
+            if not stream.has_ended:
+                request = replace(request, messages=self._fetcher.fetched(request.messages))
+                self._workers.submit(self._prepare, request, stream, accepted, loaded)
+
     def _prepare(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
-        try:
+        with stream.failing():
             if not stream.has_ended:
                 self._start(loaded.result(), request, stream, accepted)
-        except EngineError as error:
-            stream.push(error)
-        except Exception as error:
-            logger.exception("preparing a request failed")
-            stream.push(EngineError(f"preparing the request failed: {error}"))
 
     def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
         """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
@@ -209,7 +213,9 @@ class Engine:
         try:
             features = [self._known_features(model, layout.key) for layout in layouts]
             images = self._pixels(model, request, layouts, features)
-            sampler = SamplerState(request.sampling, prompt.token_ids)
+            schema = request.sampling.schema
+            grammar = None if schema is None else model.grammars.matcher(schema)
+            sampler = SamplerState(request.sampling, prompt.token_ids, grammar=grammar)
             job.on_prepared()
             model.add(Sequence(number, prompt, images, features, sampler, max_tokens, job))
         except EngineError as error:

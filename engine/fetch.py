@@ -14,18 +14,22 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from engine.config import EngineConfig
 from engine.errors import InvalidImage
+from engine.request import Image, ImageUrl, Message, Part
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], list[str]]
 
 TIMEOUT_S = 20.0  # for all of it: name, connections, redirects, body
 MAX_REDIRECTS = 5
+_REQUESTS, _IMAGES = 16, 32  # fetched beside each other
 _BLOCK_BYTES = 1 << 16
 _MOVED = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -60,6 +64,34 @@ def fetch_image(url: str, limits: FetchLimits, *, resolve: Resolve = system_addr
             return found
         url = urljoin(url, found)
     raise InvalidImage(f"{_shown(target)} was redirected more than {MAX_REDIRECTS} times; give the image's own address")
+
+
+class ImageFetcher:
+    """Puts images in the place of their URLs. Its threads wait for servers, so that no others have to."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._limits = FetchLimits(config.max_image_mib << 20, allow_private=config.allow_private_images)
+        self.pool = ThreadPoolExecutor(_REQUESTS, "engine-fetch-request")  # for what calls `fetched`
+        self._images = ThreadPoolExecutor(_IMAGES, "engine-fetch-image")
+
+    def fetched(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages with an Image for every ImageUrl. Blocks. Raises InvalidImage for the first that fails."""
+        urls = {part.url for message in messages for part in message.parts if isinstance(part, ImageUrl)}
+        images = {url: self._images.submit(fetch_image, url, self._limits) for url in urls}
+
+        def image(part: Part) -> Part:
+            return Image(images[part.url].result()) if isinstance(part, ImageUrl) else part
+
+        try:
+            return tuple(Message(message.role, tuple(map(image, message.parts))) for message in messages)
+        finally:
+            for waiting in images.values():
+                waiting.cancel()
+
+    def close(self) -> None:
+        """Those under way end at their time limit."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._images.shutdown(wait=False, cancel_futures=True)
 
 
 def _parsed(url: str) -> SplitResult:

@@ -27,7 +27,14 @@ class Image:
     data: bytes = field(repr=False)
 
 
-Part = Text | Image
+@dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """An image that the engine fetches first. The URL may hold a signature: no message quotes its query."""
+
+    url: str = field(repr=False)
+
+
+Part = Text | Image | ImageUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,11 @@ class Request:
     def images(self) -> tuple[Image, ...]:
         """All images in reading order."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+
+    @property
+    def image_urls(self) -> tuple[ImageUrl, ...]:
+        """The images that are still to be fetched, in reading order."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, ImageUrl))
 
 
 def _has_content(part: Part) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from engine.errors import Cancelled, EngineError
 from engine.request import Event, Finished
 
+logger = logging.getLogger(__name__)
 OnEvent = Callable[[Event | EngineError], None]
 
 
@@ -42,6 +45,17 @@ class Stream:
             self._on_event(event)
         if last is not None:
             self._on_end(self)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Whatever goes wrong inside ends the stream: its caller would wait for ever otherwise."""
+        try:
+            yield
+        except EngineError as error:
+            self.push(error)
+        except Exception as error:
+            logger.exception("preparing a request failed")
+            self.push(EngineError(f"preparing the request failed: {error}"))
 
     def cancel(self) -> None:
         """End the stream now, from any thread; work that nobody else waits for stops at the next step."""

@@ -21,10 +21,23 @@ from typing import IO, Any
 import msgpack  # type: ignore[import-untyped]
 
 from engine.errors import EngineError, InvalidRequest, error_from_code
-from engine.request import Chunk, Finished, Image, Message, Part, Request, SamplingParams, Text, Timings, Usage
+from engine.request import (
+    Chunk,
+    Finished,
+    Image,
+    ImageUrl,
+    Message,
+    Part,
+    Request,
+    SamplingParams,
+    Text,
+    Timings,
+    Usage,
+)
 
 VERSION = 2
 MAX_FRAME_BYTES = 512 << 20
+_IMAGE_URL = "image_url"
 CONNECTION = 0  # the number that stands for the connection, not for a request
 
 _LENGTH = struct.Struct("<I")
@@ -229,11 +242,18 @@ def _message_to_plain(message: Query | Answer) -> list[Any]:
 
 
 def _plain(messages: tuple[Message, ...]) -> list[Any]:
-    """A text becomes a string, an image becomes bytes."""
-    return [
-        [message.role, [part.text if isinstance(part, Text) else part.data for part in message.parts]]
-        for message in messages
-    ]
+    return [[message.role, [_part_to_plain(part) for part in message.parts]] for message in messages]
+
+
+def _part_to_plain(part: Part) -> Any:
+    """A text becomes a string, an image bytes, an image to be fetched an array."""
+    match part:
+        case Text(text):
+            return text
+        case Image(data):
+            return data
+        case ImageUrl(url):
+            return [_IMAGE_URL, url]
 
 
 def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
@@ -306,6 +326,8 @@ def _part(plain: Any) -> Part:
             return Text(text)
         case bytes(data):
             return Image(data)
+        case [str(kind), str(url)] if kind == _IMAGE_URL:
+            return ImageUrl(url)
     raise InvalidRequest(f"the request is malformed: a part must be text or an image, not {type(plain).__name__}")
 
 

@@ -18,7 +18,7 @@ from dify_plugin.entities.model.message import (
 )
 
 from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
-from engine.request import Image, Message, Part, Request, Role, SamplingParams, Text
+from engine.request import Image, ImageUrl, Message, Part, Request, Role, SamplingParams, Text
 
 # A tool's result is something that the assistant is told, so it speaks with the user's voice.
 ROLES: dict[PromptMessageRole, Role] = {
@@ -72,24 +72,22 @@ def _content_parts(contents: Iterable[PromptMessageContent]) -> Iterable[Part]:
                 if text:
                     yield Text(text)
             case ImagePromptMessageContent():
-                yield Image(_image_bytes(content))
+                yield _image(content)
             case _:
                 kind = str(getattr(content, "type", type(content).__name__))
                 raise InvalidRequest(f"this model reads text and images; it cannot read {kind} files: remove them")
 
 
-def _image_bytes(content: ImagePromptMessageContent) -> bytes:
-    """Accepts what Dify sends (base64 beside a MIME type) and data URIs in either field."""
+def _image(content: ImagePromptMessageContent) -> Image | ImageUrl:
+    """Accepts what Dify sends (base64 beside a MIME type, or a URL) and data URIs in either field."""
     source = content.base64_data or content.url
     if source.startswith("data:"):
         source = source.partition(",")[2]
     elif not content.base64_data and source:
-        raise InvalidImage(
-            "images by URL are not fetched; set MULTIMODAL_SEND_FORMAT=base64 in Dify's environment (its default)"
-        )
+        return ImageUrl(source)
     if not source:
         raise InvalidImage(f"the image {content.filename!r} is empty" if content.filename else "an image is empty")
-    return _decode_base64(source)
+    return Image(_decode_base64(source))
 
 
 def _decode_base64(text: str) -> bytes:

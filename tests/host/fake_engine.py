@@ -18,7 +18,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import Cancelled, ContextOverflow, DeviceLost, EngineError, QueueFull, StorageError
 from engine.host import serve
-from engine.request import Chunk, Event, Finished, Image, Message, Request, Text, Timings, Usage
+from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Usage
 
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
@@ -107,8 +107,14 @@ class FakeEngine:
         return False
 
 
-def _weight(part: Text | Image) -> int:
-    return len(part.text if isinstance(part, Text) else part.data)
+def _weight(part: Part) -> int:
+    match part:
+        case Text(text):
+            return len(text)
+        case Image(data):
+            return len(data)
+        case ImageUrl(url):
+            return len(url)
 
 
 def _fail() -> None:

@@ -10,11 +10,12 @@ import pytest
 from engine import wire
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow, EngineError, InvalidParameter, InvalidRequest
-from engine.request import Chunk, Finished, Image, Message, Request, SamplingParams, Text, Timings, Usage
+from engine.request import Chunk, Finished, Image, ImageUrl, Message, Request, SamplingParams, Text, Timings, Usage
 
 MESSAGES = (
     Message("system", (Text("Answer in one word."),)),
     Message("user", (Image(bytes(range(256))), Text("Was ist das? 是什么 \ud800"), Image(b""))),
+    Message("user", (ImageUrl("https://example.com/a.png?sign=1"),)),
 )
 REQUEST = Request(
     "demo", MESSAGES, SamplingParams(temperature=0.5, seed=2**63 - 1, stop=("\n", "END"), max_tokens=7), timeout_s=1.5

@@ -16,7 +16,7 @@ from collections.abc import Generator
 
 from engine.config import EngineConfig
 from engine.errors import error_from_code
-from engine.request import Chunk, Event, Finished, Image, Message, Request, Text, Timings, Usage
+from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Usage
 
 closed: list[str] = []
 
@@ -68,11 +68,18 @@ class EngineClient:
 
 
 def _plain(request: Request) -> dict[str, object]:
-    parts = [
-        (message.role, [len(part.data) if isinstance(part, Image) else part.text for part in message.parts])
-        for message in request.messages
-    ]
+    parts = [(message.role, [_plain_part(part) for part in message.parts]) for message in request.messages]
     return {"model": request.model, "messages": parts, "sampling": dataclasses.asdict(request.sampling)}
+
+
+def _plain_part(part: Part) -> str | int:
+    match part:
+        case Text(text):
+            return text
+        case Image(data):
+            return len(data)
+        case ImageUrl(url):
+            return url
 
 
 def _last_text(request: Request) -> str:

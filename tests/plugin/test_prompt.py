@@ -9,7 +9,7 @@ import pytest
 from dify_plugin.entities.model.message import PromptMessage, ensure_prompt_message
 
 from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
-from engine.request import Image, Message, SamplingParams, Text
+from engine.request import Image, ImageUrl, Message, SamplingParams, Text
 from models.llm.prompt import engine_messages, engine_request, sampling_params
 
 BYTES = bytes(range(256))
@@ -68,9 +68,9 @@ def test_an_image_arrives_as_its_bytes(fields: dict[str, str]) -> None:
     assert message.parts == (Image(BYTES),)
 
 
-def test_an_image_by_url_names_the_setting_to_change() -> None:
-    with pytest.raises(InvalidImage, match="MULTIMODAL_SEND_FORMAT=base64"):
-        engine_messages([said("user", [image(url="https://example.com/a.png")])])
+def test_an_image_by_url_is_left_to_the_engine_to_fetch() -> None:
+    (message,) = engine_messages([said("user", [image(url="https://example.com/a.png")])])
+    assert message.parts == (ImageUrl("https://example.com/a.png"),)
 
 
 @pytest.mark.parametrize("data", ["not base64!", "QUJD*", "QQ=A"])

@@ -1,35 +1,131 @@
-"""Which models there are and where their checkpoints lie."""
+"""Which models there are and where their checkpoints lie. Cheap to import: the protocol process does."""
 
 from __future__ import annotations
 
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from engine.errors import UnknownModel
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = {"demo": ROOT / "demo"}
+MAIN = "main"  # the revision that a repository starts with
+
+_DATA = Path(__file__).with_suffix(".toml")
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_REPOSITORY = re.compile(rf"({_PART})/({_PART})(?:@([A-Za-z0-9][A-Za-z0-9._-]{{0,94}}))?")
+_BYTES = {"int8": 1.02, "fp16": 2.0}  # a parameter; int8 has a scale for each row
+_RUNNING_MIB = 1536  # KV of a few thousand tokens and working memory
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """What a hub calls a checkpoint: `owner/name`, and a branch, tag or commit."""
+
+    name: str
+    revision: str = MAIN
+    modelscope: str = ""  # the name there, where it is another one
+
+    def on(self, *, modelscope: bool) -> str:
+        return self.modelscope if modelscope and self.modelscope else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogModel:
+    """A predefined model; the fields are explained in catalog.toml. `name` is Dify's and the folder's."""
+
+    name: str
+    label: str
+    family: str  # the name of one in engine/families
+    repository: str
+    licence: str
+    parameters: int  # millions
+    download_mb: int
+    context: int
+    revision: str = MAIN
+    modelscope: str = ""
+    vision: bool = False
+    video: bool = False
+    thinking: bool = False
+    tools: bool = False
+
+    def memory_mib(self, precision: Literal["int8", "fp16"]) -> int:
+        """What weights and a few thousand tokens take, rounded up to whole 256 MiB: an estimate to choose a machine."""
+        weights = self.parameters * 1e6 * _BYTES[precision] / 2**20
+        return -int(-(weights + _RUNNING_MIB) // 256) * 256
+
+
+@functools.cache
+def catalog() -> Mapping[str, CatalogModel]:
+    """The predefined models that are downloaded, by name."""
+    return {name: CatalogModel(name=name, **fields) for name, fields in tomllib.loads(_DATA.read_text("utf-8")).items()}
 
 
 def models_folder(storage: Path) -> Path:
-    """Checkpoints that people bring: one Hugging Face layout folder per model name."""
+    """Checkpoints, downloaded or brought: one Hugging Face layout folder per model name."""
     return storage / "models"
 
 
+def repository_of(name: str) -> Repository | None:
+    """Where a model of that name is downloaded from: a predefined one's repository, or `owner/name[@revision]`."""
+    if model := catalog().get(name):
+        return Repository(model.repository, model.revision, model.modelscope)
+    match = _REPOSITORY.fullmatch(name)
+    if match is None:
+        return None
+    repository = Repository(f"{match[1]}/{match[2]}", match[3] or MAIN)
+    same = next((model for model in catalog().values() if _is_of(repository, model)), None)
+    return repository if same is None else repository_of(same.name)
+
+
+def folder_name(name: str) -> str:
+    """The folder under storage/models of a model: `owner/name@revision` becomes `owner--name@revision`.
+
+    A repository that the catalogue has goes by the catalogue's name, so that both names mean one download.
+    """
+    match = _REPOSITORY.fullmatch(name)
+    if name in catalog() or match is None:
+        return name
+    revision = match[3] or MAIN
+    repository = Repository(f"{match[1]}/{match[2]}", revision)
+    for model in catalog().values():
+        if _is_of(repository, model):
+            return model.name
+    return f"{match[1]}--{match[2]}" + (f"@{revision}" if revision != MAIN else "")
+
+
+def _is_of(repository: Repository, model: CatalogModel) -> bool:
+    return (repository.name, repository.revision) == (model.repository, model.revision)
+
+
 def known_models(storage: Path) -> dict[str, Path]:
-    """Name to checkpoint folder: the bundled models and every folder under storage/models."""
+    """Name to checkpoint folder: the bundled models and every folder under storage/models.
+
+    Names that start with a dot are downloads under way.
+    """
     folder = models_folder(storage)
-    brought = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
-    return brought | BUNDLED
+    found = (path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ()
+    return {path.name: path for path in found if not path.name.startswith(".")} | BUNDLED
 
 
 def find_checkpoint(name: str, storage: Path) -> Path:
-    """The checkpoint folder of a model. Raises UnknownModel, naming the known ones. Cheap: every request asks."""
+    """The checkpoint folder of a model that is there. Raises UnknownModel, naming those. Cheap: every request asks.
+
+    `name` is a folder's under storage/models, that folder's path, a predefined model's or `owner/name[@revision]`.
+    """
     if name in BUNDLED:
         return BUNDLED[name]
+    folder = models_folder(storage)
+    wanted = Path(name).name if Path(name).is_absolute() and Path(name).parent == folder else folder_name(name)
     known = known_models(storage)
-    if name not in known:
+    if wanted not in known:
         raise UnknownModel(
             f"unknown model {name!r}; known models: {', '.join(sorted(known))}. "
-            f"To add one, put its Hugging Face folder under {models_folder(storage)}"
+            f"To add one, put its Hugging Face folder under {folder}"
         )
-    return known[name]
+    return known[wanted]

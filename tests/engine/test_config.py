@@ -101,6 +101,7 @@ def test_no_message_quotes_a_secret() -> None:
     with pytest.raises(InvalidConfig) as refused:
         EngineConfig(hub_token="hf_secret two")
     assert "hf_secret" not in str(refused.value)
-    with pytest.raises(InvalidConfig, match="put the token into hub_token") as refused:
-        EngineConfig(hub_endpoint="https://me:hf_secret@hub.example")
-    assert "hf_secret" not in str(refused.value)
+    for endpoint in ("https://me:hf_secret@hub.example", "https://me:hf_secret@hub.example:port"):
+        with pytest.raises(InvalidConfig, match="put the token into hub_token") as refused:
+            EngineConfig(hub_endpoint=endpoint)
+        assert "hf_secret" not in str(refused.value)

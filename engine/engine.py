@@ -213,7 +213,9 @@ class Engine:
         try:
             features = [self._known_features(model, layout.key) for layout in layouts]
             images = self._pixels(model, request, layouts, features)
-            sampler = SamplerState(request.sampling, prompt.token_ids)
+            schema = request.sampling.schema
+            grammar = None if schema is None else model.grammars.matcher(schema)
+            sampler = SamplerState(request.sampling, prompt.token_ids, grammar=grammar)
             job.on_prepared()
             model.add(Sequence(number, prompt, images, features, sampler, max_tokens, job))
         except EngineError as error:

@@ -184,8 +184,7 @@ class StepLoop:
     def _commit(self, replica: Replica, sequence: Sequence, token: int) -> ChosenToken | None:
         sequence.pending -= 1
         if token == NO_TOKEN:
-            error = EngineError("the model's output is not a number; its weights may be damaged")
-            self._discard(replica, [sequence], error)
+            self._discard(replica, [sequence], EngineError(_why_no_token(sequence)))
             return None
         sequence.output.append(token)
         job = _job(sequence)
@@ -279,6 +278,13 @@ class StepLoop:
 def _job(sequence: Sequence) -> Job:
     assert isinstance(sequence.owner, Job)
     return sequence.owner
+
+
+def _why_no_token(sequence: Sequence) -> str:
+    grammar = sequence.sampler.grammar
+    if grammar is not None and grammar.problem:
+        return grammar.problem
+    return "the model's output is not a number; its weights may be damaged"
 
 
 def _keep(on_features: OnFeatures, numerics: str, key: bytes, copy: Callable[[], NDArray[np.floating]]) -> None:

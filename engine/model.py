@@ -22,6 +22,7 @@ from engine.prompts import PromptBuilder
 from engine.replica import Replica
 from engine.request import Image
 from engine.runners.open_cpu import open_cpu
+from engine.sampling import Grammars
 from engine.scheduling.sequence import Sequence
 
 OpenCuda = Callable[[str, Artifact, EngineConfig, int], Replica]
@@ -38,6 +39,7 @@ class Model:
     folder: Path
     artifact: Artifact
     prompts: PromptBuilder
+    grammars: Grammars
     images: ImageProcessor | None
     replicas: tuple[tuple[Replica, StepLoop], ...]
     context_length: int
@@ -105,6 +107,7 @@ def load_model(
         folder=checkpoint.folder,
         artifact=artifact,
         prompts=prompts,
+        grammars=Grammars(prompts.tokenizer, spec.decoder.vocab, spec.tokens.eos),
         images=images,
         replicas=tuple(zip(replicas, loops, strict=True)),
         context_length=min(replica.context_length for replica in replicas),

@@ -64,6 +64,9 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filter off. The penalties follow the
     common definitions: repetition (Keskar et al. 2019) divides or multiplies the logits of every token seen in prompt
     or output; presence and frequency (OpenAI) subtract from the logits of tokens in the output.
+
+    With `json_object` the output is a JSON object, with `json_schema` (a schema's JSON text) one that fits the schema:
+    tokens that would lead elsewhere are never chosen. Stop words and max_tokens still end it wherever it is.
     """
 
     temperature: float = 0.0
@@ -77,6 +80,8 @@ class SamplingParams:
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    json_object: bool = False
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         _require_number("temperature", self.temperature, 0.0, 100.0, "between 0 and 100")
@@ -97,6 +102,20 @@ class SamplingParams:
             raise InvalidParameter("every stop word must be a text of at least one character")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidParameter(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise InvalidParameter(f"json_object must be true or false, not {self.json_object!r}")
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            raise InvalidParameter(f"json_schema must be a text that holds a JSON schema, not {self.json_schema!r}")
+        if self.schema is not None and self.ignore_eos:
+            raise InvalidParameter("ignore_eos cannot go on after the end of a JSON answer; switch one of them off")
+
+    @property
+    def schema(self) -> str | None:
+        """JSON text of the schema that the output must fit; None for free text."""
+        return self.json_schema or ('{"type":"object"}' if self.json_object else None)
 
     @property
     def is_greedy(self) -> bool:

@@ -33,6 +33,7 @@ class Tokenizer:
         self.is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._special = frozenset(control)
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+        self._size = 1 + max([*vocabulary.values(), *added], default=-1)
         self.longest = max(map(len, vocabulary), default=1)  # characters that one token of text can stand for
         self._bytes: dict[int, bytes] = {}
         # Longest first: of two tokens that begin alike, the tokenizer takes the longer one.
@@ -61,6 +62,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @property
+    def size(self) -> int:
+        """Tokens, added ones included; ids may have holes below it."""
+        return self._size
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds."""
+        return self._tokenizer.to_str()
 
     def token(self, token_id: int) -> str | None:
         return self._tokenizer.id_to_token(token_id)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.preprocess import ImageInput
 from engine.runners.shared_work import SharedWork
 from engine.runtime import Decoder, Encoder
-from engine.sampling import NO_TOKEN, sample
+from engine.sampling import NO_TOKEN, constrain, sample
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
 from engine.scheduling.sequence import Sequence
 from engine.spec import ModelSpec
@@ -110,6 +110,8 @@ class CpuRunner:
             starts = np.array(endless) * stacked.shape[1]
             for token in self._eos:
                 stacked.reshape(-1)[starts + token] = -np.inf
+        if matchers := {row: one.sampler.grammar for row, one in enumerate(sequences) if one.sampler.grammar}:
+            constrain(stacked, matchers)
         tokens: list[int] = sample(stacked, [sequence.sampler for sequence in sequences]).tolist()
         for sequence, token in zip(sequences, tokens, strict=True):
             if token != NO_TOKEN:

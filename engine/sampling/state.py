@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.request import SamplingParams
+from engine.sampling.grammar import Matcher
 
 
 class SamplerState:
@@ -16,11 +17,19 @@ class SamplerState:
 
     `prompt` holds the prompt's token ids; `output` the tokens committed earlier, when a sequence is restored. States of
     the same parameters, seed and tokens sample alike, whatever happened in between. Without a seed in the parameters a
-    random one is drawn.
+    random one is drawn. `grammar` is the place of a constrained output in its grammar.
     """
 
-    def __init__(self, params: SamplingParams, prompt: NDArray[np.int64], output: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: NDArray[np.int64],
+        output: Iterable[int] = (),
+        *,
+        grammar: Matcher | None = None,
+    ) -> None:
         self.params = params
+        self.grammar = grammar
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.step = 0
         seen = np.unique(prompt) if params.repetition_penalty != 1.0 else np.empty(0, np.int64)
@@ -34,6 +43,8 @@ class SamplerState:
     def commit(self, token: int) -> None:
         """Take in the token chosen at this step."""
         self.step += 1
+        if self.grammar is not None:
+            self.grammar.commit(token)
         if not self.params.has_penalties:
             return
         slot = self._slots.setdefault(token, self._size)

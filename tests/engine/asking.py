@@ -45,8 +45,8 @@ class Answer:
             self.error = event
         self._ended.set()
 
-    def wait(self) -> Answer:
-        assert self._ended.wait(60), "the request did not end"
+    def wait(self, limit_s: float = 60) -> Answer:
+        assert self._ended.wait(limit_s), "the request did not end"
         return self
 
     @property

@@ -1,0 +1,138 @@
+"""Constrained decoding: which tokens may come next, so that the output fits a JSON schema.
+
+llguidance (Earley parser over lexemes, derivatives of regular expressions) makes the masks. It needs nothing but numpy,
+compiles a schema in about a millisecond, and refuses the keywords that it does not enforce.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import InvalidParameter
+from engine.prompts.tokenizer import Tokenizer
+from engine.sampling.numerals import Numerals, leading_digits
+from engine.sampling.schema import read_schema
+
+Words = NDArray[np.int32]
+"""Masks: a bit per token, 32 to a word, the first token lowest."""
+
+KEPT = 64  # compiled schemas per model: a workflow's node sends the same one each time
+# Between tokens of JSON: nothing, a space, or a new line and its indent. Unbounded, a weak model would never go on.
+_WHITESPACE = r"( |\n {0,8})?"
+_NARROW = 3  # with less room than this for digits it matters how many a token has
+
+
+class Matcher:
+    """One sequence's place in its grammar. Used by one thread at a time."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._numerals = Numerals()
+        self.problem = ""  # why nothing can follow, once that is so
+
+    @property
+    def words(self) -> int:
+        return self._vocabulary.words
+
+    def fill(self, words: Words) -> None:
+        """Write the mask of the tokens that may come next, [vocabulary.words]; of none when there is a `problem`."""
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            words.fill(0)
+            self.problem = f"the JSON schema is too complex: {_sentence(self._matcher.get_error())}"
+        elif (room := self._numerals.room) < _NARROW:
+            shorter = words & self._vocabulary.at_most_digits(room)
+            if shorter.any():
+                words[:] = shorter
+        elif not words.any():
+            self.problem = "no token of the model's vocabulary can go on with the JSON that the schema asks for here"
+
+    def commit(self, token: int) -> None:
+        """Take in the token that was chosen; after the end of the grammar, nothing."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+            self._numerals.push(self._vocabulary.token_bytes(token))
+
+
+class Vocabulary:
+    """A model's tokens as grammars see them. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
+        size = max(vocab, tokenizer.size)
+        self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=list(eos))
+        self.words = -(-size // 32)
+        starts = np.array([leading_digits(self.token_bytes(token)) for token in range(tokenizer.size)])
+        self._digits = np.pad(starts, (0, 32 * self.words - len(starts)))
+
+    def compile(self, schema: str) -> llguidance.LLMatcher:
+        """Raises InvalidParameter for what is no JSON schema, and for one with keywords that are not enforced."""
+        narrowed = read_schema(schema)
+        options: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False}
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(narrowed, overrides=options)
+        except ValueError as problem:
+            raise InvalidParameter(f"the JSON schema cannot be used: {_sentence(str(problem))}") from None
+        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidParameter(f"the JSON schema cannot be used: {_sentence(matcher.get_error())}")
+        return matcher
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._tokens.decode_bytes([token])
+
+    def at_most_digits(self, count: int) -> Words:
+        """The mask of tokens that do not begin with more than `count` digits."""
+        bits = np.packbits(self._digits <= max(0, count), bitorder="little")
+        return bits.view(np.int32)
+
+
+class Grammars:
+    """A model's compiled schemas. Thread-safe; the vocabulary is read when the first is asked for: up to a second.
+
+    Every matcher starts as a copy of what was compiled.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
+        self._source = (tokenizer, vocab, eos)
+        self._vocabulary: Vocabulary | None = None
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, schema: str) -> Matcher:
+        """At the start of an output. Raises InvalidParameter."""
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = Vocabulary(*self._source)
+            vocabulary, compiled = self._vocabulary, self._compiled.get(schema)
+        if compiled is None:
+            compiled = vocabulary.compile(schema)
+        with self._lock:
+            self._compiled[schema] = compiled
+            self._compiled.move_to_end(schema)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+            return Matcher(compiled.deep_copy(), vocabulary)
+
+
+def constrain(logits: NDArray[np.float32], matchers: Mapping[int, Matcher]) -> None:
+    """Set what may not come next to minus infinity, in place, in the rows of logits [B, V] that have a matcher."""
+    for row, matcher in matchers.items():
+        words = np.empty(matcher.words, np.int32)
+        matcher.fill(words)
+        values = logits[row]
+        forbidden = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(values)] == 0
+        np.copyto(values, -np.inf, where=forbidden)
+
+
+def _sentence(message: str) -> str:
+    """What the library says, without its own state; advice that speaks of the library's options is replaced."""
+    if message.startswith("oneOf constraints are not supported"):
+        return "alternatives of a oneOf overlap, which cannot be held to; use anyOf"
+    return message.strip().partition("\n<state>")[0][:500]

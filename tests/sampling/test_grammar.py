@@ -1,0 +1,149 @@
+"""Masks of a grammar, for the kinds of vocabularies that models have."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import tokenizers
+
+from engine.errors import InvalidParameter
+from engine.prompts import Detokenizer, Tokenizer
+from engine.sampling.grammar import Grammars, Matcher, constrain
+from engine.sampling.numerals import Numerals
+from engine.sampling.schema import read_schema
+from tests.engine.schemas import random_schema
+from tests.prompts import checkpoints
+
+EOS = 0
+
+
+def vocabulary(kind: str) -> tokenizers.Tokenizer:
+    return checkpoints.byte_level(["<eos>"]) if kind == "bytes" else checkpoints.sentencepiece(["<eos>", "<unk>"])
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    words = np.empty(matcher.words, np.int32)
+    matcher.fill(words)
+    tokens: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+    return tokens
+
+
+def spoken(tokenizer: Tokenizer, matcher: Matcher, seed: int) -> str:
+    """What random tokens of those that the grammar allows spell."""
+    random = np.random.default_rng(seed)
+    detokenizer, text = Detokenizer(tokenizer), ""
+    for _ in range(3000):
+        token = int(random.choice(allowed(matcher)))
+        if token == EOS:
+            return text + detokenizer.flush()
+        matcher.commit(token)
+        text += detokenizer.push([token])
+    raise AssertionError(f"no end: {text}")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_whatever_is_chosen_of_the_allowed_tokens_fits(kind: str) -> None:
+    backend = vocabulary(kind)
+    tokenizer = Tokenizer(backend)
+    grammars = Grammars(tokenizer, backend.get_vocab_size(), [EOS])
+    for seed in range(15):
+        schema = random_schema(seed)
+        text = spoken(tokenizer, grammars.matcher(json.dumps(schema)), seed)
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+def test_a_models_vocabulary_may_be_wider_or_narrower_than_its_tokenizers() -> None:
+    backend = vocabulary("bytes")
+    size = backend.get_vocab_size()
+    for vocab in (size + 70, size - 3):
+        matcher = Grammars(Tokenizer(backend), vocab, [EOS]).matcher('{"const": true}')
+        logits = np.zeros((2, vocab), np.float32)
+        constrain(logits, {1: matcher})
+        assert np.flatnonzero(np.isfinite(logits[1])).tolist() == [one for one in allowed(matcher) if one < vocab]
+        assert np.isfinite(logits[0]).all()
+        assert not np.isfinite(logits[1, size:]).any()
+
+
+def test_only_the_end_may_follow_what_is_complete() -> None:
+    tokenizer = Tokenizer(vocabulary("bytes"))
+    matcher = Grammars(tokenizer, tokenizer.size, [EOS, 7]).matcher('{"const": 1}')
+    assert [tokenizer.decode([token]) for token in allowed(matcher)] == ["1"]
+    matcher.commit(allowed(matcher)[0])
+    assert allowed(matcher) == [EOS, 7]
+    matcher.commit(EOS)
+    matcher.commit(9)  # a step too many
+    assert not matcher.problem
+
+
+def test_one_sequence_does_not_move_another() -> None:
+    tokenizer = Tokenizer(vocabulary("bytes"))
+    grammars = Grammars(tokenizer, tokenizer.size, [EOS])
+    first, second = grammars.matcher('{"enum": ["a", "b"]}'), grammars.matcher('{"enum": ["a", "b"]}')
+    before = allowed(second)
+    first.commit(before[0])
+    assert allowed(second) == before != allowed(first)
+
+
+def test_a_token_that_does_not_fit_leaves_a_problem_and_no_token() -> None:
+    tokenizer = Tokenizer(vocabulary("bytes"))
+    matcher = Grammars(tokenizer, tokenizer.size, [EOS]).matcher('{"const": 1}')
+    matcher.commit(tokenizer.encode("2")[0])
+    assert allowed(matcher) == []
+    assert matcher.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "room"),
+    [
+        (b"", 20),
+        (b"-12", 18),
+        (b'{"1234": 5', 19),
+        (b"12.345", 17),
+        (b"1e1", 1),
+        (b"1e-99", 0),
+        (b"[1e9,2", 19),
+        (b'"\\"123', 20),
+        (b'"\\\\"123', 17),
+        (b"true,1", 19),
+        (b"1e5}1", 19),
+    ],
+)
+def test_how_many_digits_may_follow(text: bytes, room: int) -> None:
+    numerals = Numerals()
+    numerals.push(text)
+    assert numerals.room == room
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({"type": "object", "properties": {"a": {}}}, True),
+        ({"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "integer"}}, False),
+        ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, False),
+        ({"type": "object", "properties": {"a": {}}, "minProperties": 3}, False),
+        ({"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["b"]}]}, False),
+        ({"type": "object", "allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, False),
+        ({"type": "object"}, False),
+        ({"enum": [{"properties": {"a": 1}}]}, False),
+        ({"const": {"properties": {"a": 1}}}, False),
+        ({"properties": {"properties": {"type": "integer"}}}, True),
+    ],
+)
+def test_objects_that_name_their_members_get_no_others(schema: dict[str, Any], closed: bool) -> None:
+    narrowed = json.loads(read_schema(json.dumps(schema)))
+    assert (narrowed != schema) == closed
+    assert narrowed == schema | ({"additionalProperties": False} if closed else {})
+
+
+def test_a_schemas_order_and_unicode_are_kept() -> None:
+    text = '{"type": "object", "properties": {"z": {"const": "ü"}, "a": {}}, "additionalProperties": true}'
+    assert read_schema(text) == text
+
+
+def test_a_huge_schema_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="characters"):
+        read_schema('{"description": "' + "a" * (1 << 20) + '"}')

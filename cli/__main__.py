@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": ("cli.bench", "throughput and latency through the plugin"),
     "convert": ("cli.convert", "convert a checkpoint folder into an artifact"),
     "package": ("cli.package", "make the .difypkg"),
+    "top": ("cli.top", "a running engine, live: load, KV memory, throughput, latencies, caches"),
     "doctor": ("cli.doctor", "what this machine has and whether the engine runs on it"),
 }
 

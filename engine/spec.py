@@ -29,6 +29,15 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SlidingSpec:
+    """Layers in which a token sees the last `window` tokens only, itself among them, with a rotary embedding apart."""
+
+    layers: tuple[bool, ...]  # for each of the decoder's, whether it is one
+    window: int  # tokens
+    rope: RopeSpec
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     layers: int
     hidden: int
@@ -46,11 +55,27 @@ class DecoderSpec:
     tied_head: bool
     qk_norm: bool = False  # RMS norm over each head of queries and keys, before rotary embedding
     deepstack: int = 0  # layers, from the first, whose output image features are added to (Meng et al. 2024)
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"  # of the MLP's gate
+    output_norms: bool = False  # RMS norms also of what attention and MLP give, before it is added
+    scaled_embedding: bool = False  # embeddings are multiplied by the root of `hidden`; image features are not
+    query_scalar: float = 0.0  # scores are divided by its root; 0: head_dim
+    sliding: SlidingSpec | None = None
+    mutual_images: bool = False  # an image's tokens attend to each other in both directions
+    logit_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: they stay
 
     @property
     def feature_width(self) -> int:
         """Values of a row of image features: what replaces a token's embedding, then what each deepstack layer adds."""
         return self.hidden * (1 + self.deepstack)
+
+    @property
+    def score_scale(self) -> float:
+        """What attention multiplies the products of queries and keys by."""
+        return float((self.query_scalar or self.head_dim) ** -0.5)
+
+    def window(self, layer: int) -> int:
+        """Tokens that one sees in the layer, itself among them; 0: all."""
+        return self.sliding.window if self.sliding and self.sliding.layers[layer] else 0
 
     @property
     def kv_values_per_token(self) -> int:

@@ -74,39 +74,45 @@ def read_tokens(config: CheckpointConfig, *sections: Section, image: int | None 
     return TokenIds(eos=eos, pad=int(pad), image=image)
 
 
-def decoder_weights(spec: DecoderSpec) -> tuple[Weight, ...]:
-    """Sources are spelled `text.*` and `head.weight`."""
+def decoder_weights(spec: DecoderSpec, *, norm_offset: float = 0.0) -> tuple[Weight, ...]:
+    """Sources are spelled `text.*` and `head.weight`. `norm_offset` is added to the norms' weights."""
     weights = [
         Weight("embedding.weight", "embedding", (Source("text.embed_tokens.weight", (spec.vocab, spec.hidden)),))
     ]
     for layer in range(spec.layers):
-        weights += _layer_weights(spec, f"layers.{layer}", f"text.layers.{layer}")
-    weights.append(plain("norm.weight", "text.norm.weight", spec.hidden))
+        weights += _layer_weights(spec, f"layers.{layer}", f"text.layers.{layer}", norm_offset)
+    weights.append(plain("norm.weight", "text.norm.weight", spec.hidden, offset=norm_offset))
     if not spec.tied_head:
         weights += linear("head", (("head", spec.vocab),), spec.hidden, bias=False)
     return tuple(weights)
 
 
-def _layer_weights(spec: DecoderSpec, name: str, source: str) -> list[Weight]:
+def _layer_weights(spec: DecoderSpec, name: str, source: str, offset: float) -> list[Weight]:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention, mlp = f"{source}.self_attn", f"{source}.mlp"
     qkv = ((f"{attention}.q_proj", queries), (f"{attention}.k_proj", keys), (f"{attention}.v_proj", keys))
     gate_up = ((f"{mlp}.gate_proj", spec.intermediate), (f"{mlp}.up_proj", spec.intermediate))
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if spec.output_norms:
+        norms |= {
+            "attention_output_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_output_norm": "post_feedforward_layernorm",
+        }
     return [
-        plain(f"{name}.attention_norm.weight", f"{source}.input_layernorm.weight", spec.hidden),
+        *(plain(f"{name}.{n}.weight", f"{source}.{s}.weight", spec.hidden, offset=offset) for n, s in norms.items()),
         *linear(f"{name}.qkv", qkv, spec.hidden, spec.qkv_bias),
-        *_head_norms(spec, name, attention),
+        *_head_norms(spec, name, attention, offset),
         *linear(f"{name}.out", ((f"{attention}.o_proj", spec.hidden),), queries, spec.attention_out_bias),
-        plain(f"{name}.mlp_norm.weight", f"{source}.post_attention_layernorm.weight", spec.hidden),
         *linear(f"{name}.gate_up", gate_up, spec.hidden, spec.mlp_bias),
         *linear(f"{name}.down", ((f"{mlp}.down_proj", spec.hidden),), spec.intermediate, spec.mlp_bias),
     ]
 
 
-def _head_norms(spec: DecoderSpec, name: str, attention: str) -> tuple[Weight, ...]:
+def _head_norms(spec: DecoderSpec, name: str, attention: str, offset: float) -> tuple[Weight, ...]:
     if not spec.qk_norm:
         return ()
     return (
-        plain(f"{name}.query_norm.weight", f"{attention}.q_norm.weight", spec.head_dim),
-        plain(f"{name}.key_norm.weight", f"{attention}.k_norm.weight", spec.head_dim),
+        plain(f"{name}.query_norm.weight", f"{attention}.q_norm.weight", spec.head_dim, offset=offset),
+        plain(f"{name}.key_norm.weight", f"{attention}.k_norm.weight", spec.head_dim, offset=offset),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ MICROSOFT = "com.microsoft"
 TESSERA = "tessera"  # our own operators
 _IR_VERSION = 11
 
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | ir.Graph
+Build = Callable[[], Sequence[ir.Value]]
 Dimension = int | str
 
 
@@ -29,6 +30,8 @@ class GraphBuilder:
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         self._tape = Tape()
+        self._nodes = self._tape  # a branch's own while it is built; constants are always the graph's
+        self._branches = 0
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
@@ -84,13 +87,40 @@ class GraphBuilder:
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute) -> ir.Value:
         """One node with one output."""
-        return self._tape.op(kind, inputs, attributes, domain=domain)
+        return self._nodes.op(kind, inputs, attributes, domain=domain)
 
     def ops(
         self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Attribute
     ) -> Sequence[ir.Value]:
         """One node with several outputs."""
-        return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain)
+        return self._nodes.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain)
+
+    def choose(self, condition: ir.Value, then: Build, otherwise: Build, dtype: type[np.generic]) -> Sequence[ir.Value]:
+        """What one of two builders' nodes give at run time, all of `dtype`; both may use everything built so far.
+
+        What an output is bound to, the chosen nodes write to.
+        """
+        self._branches += 1
+        chosen, other = (
+            self._branch(build, f"{name}.{self._branches}", dtype)
+            for name, build in (("then", then), ("else", otherwise))
+        )
+        outputs = len(chosen.outputs)
+        return self.ops("If", condition, outputs=outputs, then_branch=chosen, else_branch=other)
+
+    def _branch(self, build: Build, name: str, dtype: type[np.generic]) -> ir.Graph:
+        outer, self._nodes = self._nodes, Tape()
+        try:
+            outputs = build()
+            nodes = self._nodes.nodes
+        finally:
+            self._nodes = outer
+        # Left to themselves names are given graph by graph, and a branch's would hide those around it.
+        for number, value in enumerate(value for node in nodes for value in node.outputs):
+            value.name = f"{name}.{number}"
+        for value in outputs:
+            value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+        return ir.Graph([], outputs, nodes=nodes, name=name)
 
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         return self.op("Reshape", value, self.constant(shape, np.int64))

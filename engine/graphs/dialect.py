@@ -24,15 +24,17 @@ class Residual:
 
 
 class DecoderLayers(Protocol):
-    """All of a decoder but attention. NORM is the weight of an RMS norm, in front of what reads the residual."""
+    """All of a decoder but attention. NORM is the weight of an RMS norm, most often of what reads the residual."""
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value: ...
 
     def norm_gate(self, x: Residual, norm: str, name: str) -> ir.Value:
-        """silu(gate) * up, where NAME's output is gate and up side by side."""
+        """activation(gate) * up, where NAME's output is gate and up side by side."""
         ...
 
-    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None: ...
+    def linear_add(self, x: ir.Value, name: str, residual: Residual, norm: str | None = None) -> None:
+        """Add NAME's output, normed before that if a NORM is given."""
+        ...
 
     def add_features(self, residual: Residual, part: int) -> None:
         """Add values [part * hidden, (part + 1) * hidden) of image features to the tokens that they stand for."""

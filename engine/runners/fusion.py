@@ -14,7 +14,7 @@ from engine.checkpoints import Artifact
 from engine.config import EngineConfig
 from engine.errors import KernelsUnavailable
 from engine.graphs.builder import TESSERA
-from engine.graphs.cuda.fused import STOCK, Fusion
+from engine.graphs.cuda.fused import STOCK, Fusion, fusable
 from engine.runtime.cuda.buckets import Buckets
 from engine.runtime.cuda.capture import allow_beside_capture
 from engine.spec import DecoderSpec
@@ -42,6 +42,9 @@ def wanted_fusion(artifact: Artifact, config: EngineConfig, parts: Parts | None 
     if parts is not None:
         return parts.fusion
     if config.kernel_fusion != "on" or artifact.precision == "fp32":
+        return STOCK
+    if not fusable(artifact.spec.decoder):
+        logger.warning("kernel_fusion does not know the layers of %s; they run without", artifact.spec.family)
         return STOCK
     return Fusion(linear=artifact.precision == "int8", attention=True)
 

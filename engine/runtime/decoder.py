@@ -61,6 +61,8 @@ class Decoder:
 
         `feature_index` [T] names the row of `features` [F, hidden] that replaces the token's embedding, -1 none.
         Plain rotary embedding takes a token's place in the row as its position and does not read `positions`.
+        Where an image's tokens attend to each other both ways, a call has text, or one image to its last token: whoever
+        cuts an image, or mixes it with text, gets another model's logits. The latter raises ValueError.
         Returns logits of the last token [1, vocab], of none [0, vocab], or of all [T, vocab].
         Raises ValueError for places outside the row.
         """
@@ -68,6 +70,8 @@ class Decoder:
         if not (count and start >= 0 and start + count <= self.context_length):
             raise ValueError(f"places {start} to {start + count} of a row of {self.context_length}")
         replaced = np.flatnonzero(feature_index >= 0)
+        if self.spec.mutual_images and 0 < len(replaced) < count:
+            raise ValueError(f"{len(replaced)} tokens of an image in one call with {count - len(replaced)} of text")
         ids = token_ids.astype(np.int64)
         ids[replaced] = 0
         # Products of one row sum in another order than those of several. The last token is given once more; that lands
@@ -83,6 +87,8 @@ class Decoder:
             np.ascontiguousarray(features[feature_index[replaced]], np.float32),
             np.take(positions, given, axis=1),
             start + len(given) - 1,
+            # A single token sees everything before it either way, and its repetition must not be seen.
+            is_image=self.spec.mutual_images and len(replaced) == count > 1,
         )
         result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
         return result if logits else result[:0]

@@ -35,6 +35,12 @@ class RowBinding(Binding):
         self._logits_rows: dict[int, NDArray[np.int64]] = {}  # by their number
         self._no_rows = np.zeros((0, 1), np.int64)
         self._no_features = np.zeros((0, spec.feature_width), np.float32)
+        self._mutual_images = spec.mutual_images
+        self._sliding_window = spec.sliding.window if spec.sliding else 0
+        if spec.mutual_images:  # what stays bound but while an image is computed
+            self._is_text = np.zeros((), np.bool_)
+            self._no_window = np.zeros((1, 1, 1, 1), np.float32)
+            self._bind_text()
 
     def prefill(
         self,
@@ -43,15 +49,35 @@ class RowBinding(Binding):
         feature_values: NDArray[np.float32],
         positions: NDArray[np.int64],
         last: int,
+        *,
+        is_image: bool = False,
     ) -> None:
-        """Neighbouring tokens [T] of the one row; `last` is the place of the last of them."""
+        """Neighbouring tokens [T] of the one row; `last` is the place of the last of them.
+
+        `is_image`: they are an image's, of a model whose images attend both ways.
+        """
         self.input(DecoderInputs.IDS, token_ids)
         self.input(DecoderInputs.FEATURE_ROWS, feature_rows[:, None])
         self.input(DecoderInputs.FEATURE_VALUES, feature_values)
         self.input(DecoderInputs.SHAPE, np.array([1, len(token_ids), -1]))
         if self._three_axis:
             self.input(DecoderInputs.POSITIONS, positions[:, None, :])
+        if is_image:
+            self._bind_image(last + 1 - len(token_ids), last + 1)
+        elif self._mutual_images:
+            self._bind_text()
         self._place(np.array([last], np.int32))
+
+    def _bind_text(self) -> None:
+        self.input(DecoderInputs.IS_IMAGE, self._is_text)
+        self.input(DecoderInputs.IMAGE_WINDOW, self._no_window)
+
+    def _bind_image(self, start: int, stop: int) -> None:
+        """Tokens [start, stop) see all of each other, and before them what the window of sliding layers holds."""
+        queries, keys = np.arange(start, stop)[:, None], np.arange(stop)
+        window = np.where(keys > queries - self._sliding_window, np.float32(0), np.float32(-np.inf))
+        self.input(DecoderInputs.IS_IMAGE, ~self._is_text)
+        self.input(DecoderInputs.IMAGE_WINDOW, window[None, None])
 
     def decode(
         self,

@@ -219,7 +219,10 @@ def test_pixels_are_normalised_as_the_preprocessor_configuration_says() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; this engine runs "),
+        (
+            {"model_type": "mamba"},
+            "runs gemma3_text, idefics3, llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl, smolvlm",
+        ),
         ({}, "model_type None"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of silu"),
         ({"model_type": "llama", "num_hidden_layers": "six"}, "num_hidden_layers is 'six'"),

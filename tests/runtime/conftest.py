@@ -27,6 +27,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: models.qwen2(num_key_value_heads=4, tie_word_embeddings=True),
     "qwen3": models.qwen3,
     "qwen3_vl": models.qwen3_vl,
+    "gemma3_text": models.gemma3_text,
 }
 # Split and unsplit tiles; grids of several sizes, two of them alike.
 SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -38,6 +39,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "qwen2": [],
     "qwen3": [],
     "qwen3_vl": [(6, 10), (2, 2), (4, 6), (2, 12)],
+    "gemma3_text": [],
 }
 ROWS, CONTEXT, PROMPT, STEPS = 6, 160, 113, 32
 

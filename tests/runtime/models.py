@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlamaConfig,
@@ -151,14 +153,33 @@ def qwen3_vl(**text: Any) -> PreTrainedModel:
     return Qwen3VLForConditionalGeneration(config)  # type: ignore[no-untyped-call]
 
 
+def gemma3_text(**changes: Any) -> PreTrainedModel:
+    """Windows of 12 tokens in two of three layers; the global one's positions are scaled."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**_gemma3(layer_types=kinds, num_hidden_layers=3, **changes))
+    return Gemma3ForCausalLM(config)
+
+
+def _gemma3(**changes: Any) -> dict[str, Any]:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+    }
+    return _text(head_dim=32, query_pre_attn_scalar=24, sliding_window=12, rope_parameters=rope, **changes)
+
+
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Large enough weights that every part shows in the logits; norms and biases away from one and zero."""
+    """Large enough weights that every part shows in the logits; norms and biases away from where they begin.
+
+    That is one for most norms, and zero where a norm multiplies by one more than its weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(noise * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+                begins_at_one = "norm" in name and name.endswith("weight") and bool((parameter == 1).all())
+                parameter.copy_(noise * 0.2 + float(begins_at_one))
             else:
                 parameter.copy_(noise * (parameter.shape[-1] if parameter.dim() == 2 else 48) ** -0.5)
     model.train(False)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from tests.runtime.cases import decode, prefill, relative_error
+from engine.checkpoints import Checkpoint, open_artifact
+from engine.runtime import Decoder
+from tests.runtime import models
+from tests.runtime.cases import decode, make_case, prefill, relative_error
 from tests.runtime.conftest import PROMPT, STEPS, Tiny
 
 TOLERANCE = 1e-4
@@ -23,6 +28,15 @@ def test_prefill_with_images_and_32_decode_steps_give_the_references_logits(tiny
     assert relative_error(prompt, case.logits[:PROMPT]) < TOLERANCE
     steps = [decode(decoder, [(2, case, PROMPT + step)])[0] for step in range(STEPS)]
     assert relative_error(np.stack(steps), case.logits[PROMPT:]) < TOLERANCE
+
+
+def test_a_cap_on_logits_is_applied(tmp_path: Path) -> None:
+    model = models.randomise(models.gemma3_text(final_logit_softcapping=2.0))
+    checkpoint = Checkpoint.open(models.save(model, tmp_path / "gemma3_text"))
+    case = make_case(model, checkpoint.spec, [], 20, seed=3)
+    decoder = Decoder(open_artifact(checkpoint, "fp32", tmp_path), rows=1, context_length=32, threads=2)
+    assert 1.5 < np.abs(case.logits).max() < 2
+    assert relative_error(prefill(decoder, 0, case, 0, 20), case.logits) < TOLERANCE
 
 
 def test_a_prompt_in_chunks_gives_the_references_logits(tiny: Tiny) -> None:

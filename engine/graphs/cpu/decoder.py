@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,10 @@ import onnx_ir as ir
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT, GraphBuilder
 from engine.graphs.cpu.linear import linears
-from engine.graphs.decoder import decoder_graph
+from engine.graphs.decoder import decoder_graph, scaled_embedding, softcapped
 from engine.graphs.dialect import Residual
 from engine.graphs.rotary import rotary_tables
-from engine.spec import DecoderSpec
+from engine.spec import DecoderSpec, RopeSpec
 
 
 class DecoderInputs:
@@ -27,6 +28,8 @@ class DecoderInputs:
     LAST = "last"  # int32 [B]: place of a sequence's last token, counted from 0
     LONGEST = "longest"  # int32 []: the most tokens of any sequence
     POSITIONS = "positions"  # int64 [3, B, S]; only for three-axis rotary embedding
+    IS_IMAGE = "is_image"  # bool []: the tokens are one image's; only for models whose images are mutual, as
+    IMAGE_WINDOW = "image_window"  # float32 [1, 1, S, all tokens]: what sliding layers add to an image's scores
     LOGITS = "logits"  # float32 [R, vocab]
 
     @staticmethod
@@ -68,6 +71,7 @@ class CpuDecoderLayers:
     ) -> None:
         self._builder = builder
         self._linears = linears(builder, artifact.precision)
+        self._model = artifact.spec
         self._spec = artifact.spec.decoder
         self._epsilon = self._spec.norm_eps
         self._feature_rows = feature_rows
@@ -76,6 +80,7 @@ class CpuDecoderLayers:
     def tokens(self, token_ids: ir.Value) -> ir.Value:
         """[T, hidden]: embeddings of tokens, and image features."""
         embedded = self._linears.embedding(token_ids, "embedding")
+        embedded = scaled_embedding(self._builder, embedded, self._model, np.float32)
         return self._builder.op("ScatterND", embedded, self._feature_rows, self._features(0))
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
@@ -83,12 +88,20 @@ class CpuDecoderLayers:
 
     def norm_gate(self, x: Residual, norm: str, name: str) -> ir.Value:
         gate, up = self._builder.ops("Split", self.norm_linear(x, norm, name), outputs=2, axis=-1, num_outputs=2)
-        # QuickGelu with alpha 1 is x * sigmoid(x).
-        return self._builder.op("Mul", self._builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
+        return self._builder.op("Mul", self._activated(gate), up)
 
-    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
+    def _activated(self, gate: ir.Value) -> ir.Value:
+        if self._spec.activation == "gelu_pytorch_tanh":
+            return self._builder.op("Gelu", gate, approximate="tanh")
+        # With alpha 1 it is x * sigmoid(x).
+        return self._builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)
+
+    def linear_add(self, x: ir.Value, name: str, residual: Residual, norm: str | None = None) -> None:
+        value = self._linears.linear(x, name)
+        if norm is not None:
+            value = rms_norm(self._builder, value, norm, self._epsilon)
         # SkipSimplifiedLayerNormalization adds and norms in one node, two to four times slower on this provider.
-        residual.value = self._builder.op("Add", self._linears.linear(x, name), residual.value)
+        residual.value = self._builder.op("Add", value, residual.value)
 
     def add_features(self, residual: Residual, part: int) -> None:
         features = self._features(part)
@@ -101,7 +114,8 @@ class CpuDecoderLayers:
 
     def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
         normed = rms_norm(self._builder, x.value, norm, self._epsilon)
-        return self._linears.linear(self._builder.op("Gather", normed, rows, axis=0), name)
+        logits = self._linears.linear(self._builder.op("Gather", normed, rows, axis=0), name)
+        return softcapped(self._builder, logits, self._spec, np.float32)
 
 
 class CpuDecoderAttention:
@@ -116,14 +130,24 @@ class CpuDecoderAttention:
         self._longest = builder.input(DecoderInputs.LONGEST, np.int32, [])
         rope = spec.rope
         self._positions = builder.input(DecoderInputs.POSITIONS, np.int64, [3, "B", "S"]) if rope.axes == 3 else None
-        # Queries and keys carry the root of the scores' scale each, so that attention multiplies by 1: with any other
-        # factor MLAS does not take its kernel for a single query, and transposes all keys instead.
-        scaled = replace(rope, attention_scale=rope.attention_scale * spec.head_dim**-0.25)
-        self._rotary = rotary_tables(builder, scaled, capacity, np.float32)
+        self._rotary = self._scaled_tables(rope, "rotary")
+        if spec.sliding:
+            self._sliding_rotary = self._scaled_tables(spec.sliding.rope, "sliding_rotary")
         # A sink adds its exponential to the sum of a softmax: this one nothing. It is there because the operator's
         # tiled kernel, half as fast for a single query, does not know sinks.
         self._sink = builder.constant([-np.inf] * spec.heads, np.float32)
+        if spec.mutual_images:
+            self._is_image = builder.input(DecoderInputs.IS_IMAGE, np.bool_, [])
+            self._image_window = builder.input(DecoderInputs.IMAGE_WINDOW, np.float32, [1, 1, "images", "keys"])
         self._presents: list[tuple[str, ir.Value]] = []
+
+    def _scaled_tables(self, rope: RopeSpec, name: str) -> tuple[ir.Value, ir.Value]:
+        """Queries and keys carry the root of the scores' scale each, so that attention multiplies by 1.
+
+        With any other factor MLAS does not take its kernel for a single query, and transposes all keys instead.
+        """
+        scaled = replace(rope, attention_scale=rope.attention_scale * self._spec.score_scale**0.5)
+        return rotary_tables(self._builder, scaled, self._capacity, np.float32, name)
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
         builder, spec = self._builder, self._spec
@@ -131,22 +155,39 @@ class CpuDecoderAttention:
         parts = ("key", "value")
         past = [builder.input(DecoderInputs.past(part, layer), np.float32, shape) for part in parts]
         packed = builder.op("Reshape", qkv, self._shape)
-        rotate_inside = self._positions is None
-        query, key, value = self._query_key_value(packed, f"layers.{layer}")
-        output, *present = builder.ops(
+        inputs = (*self._query_key_value(packed, f"layers.{layer}"), *past, self._last, self._longest)
+        window = spec.window(layer)
+        rotary: tuple[ir.Value | None, ...] = self._sliding_rotary if window else self._rotary
+        if self._positions is not None:  # rotated already
+            rotary = (None, None)
+
+        def causal() -> Sequence[ir.Value]:
+            bias = (None, None, self._sink)
+            return self._grouped_query(*inputs, *rotary, *bias, local_window_size=window or -1, causal=1)
+
+        def mutual() -> Sequence[ir.Value]:
+            """What an image's tokens, all of this call, see: everything before and each other, within the window."""
+            bias = (None, self._image_window if window else None)
+            return self._grouped_query(*inputs, *rotary, *bias, local_window_size=-1, causal=0)
+
+        # Only the branch that is taken is computed: a decode step does not pay for what images need.
+        attended = builder.choose(self._is_image, mutual, causal, np.float32) if spec.mutual_images else causal()
+        output, *present = attended
+        self._presents += zip((DecoderInputs.present(part, layer) for part in parts), present, strict=True)
+        return builder.reshape(output, -1, spec.heads * spec.head_dim)
+
+    def _grouped_query(self, *inputs: ir.Value | None, **attributes: int) -> Sequence[ir.Value]:
+        return self._builder.ops(
             "GroupQueryAttention",
-            *(query, key, value, *past, self._last, self._longest),
-            *(self._rotary if rotate_inside else (None, None)),
-            *(None, None, self._sink),
+            *inputs,
             outputs=3,
             domain=MICROSOFT,
             scale=1.0,
-            num_heads=spec.heads,
-            kv_num_heads=spec.kv_heads,
-            do_rotary=int(rotate_inside),
+            num_heads=self._spec.heads,
+            kv_num_heads=self._spec.kv_heads,
+            do_rotary=int(self._positions is None),
+            **attributes,
         )
-        self._presents += zip((DecoderInputs.present(part, layer) for part in parts), present, strict=True)
-        return builder.reshape(output, -1, spec.heads * spec.head_dim)
 
     def _query_key_value(
         self, packed: ir.Value, layer: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engine.graphs.builder import MICROSOFT
+from engine.graphs.builder import MICROSOFT, Attribute
 from engine.graphs.cuda.heads import Heads
 from engine.graphs.cuda.inputs import PARTS, StepInputs
 from engine.graphs.cuda.weights import CudaBuilder
@@ -44,7 +44,10 @@ class Caches:
 class PagedAttention:
     """One node per layer for all sequences of a step, prefilling or decoding."""
 
-    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int, *, int8_cache: bool) -> None:
+    def __init__(
+        self, builder: CudaBuilder, spec: DecoderSpec, positions: int, *, int8_cache: bool, mutual: bool = False
+    ) -> None:
+        """`mutual`: the new tokens of a sequence attend to each other in both directions."""
         self._builder = builder
         self._spec = spec
         self._heads = Heads(builder, spec, positions)
@@ -55,6 +58,7 @@ class PagedAttention:
         self._positions = self._position_input() if spec.rope.axes == 3 else None
         self._caches = Caches(builder, spec, int8=int8_cache)
         self._int8_cache = int8_cache
+        self._mutual = mutual
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
         """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
@@ -64,9 +68,9 @@ class PagedAttention:
         rotate_inside = self._positions is None
         output, *written = builder.ops(
             "PagedAttention",
-            *((qkv, None, None) if rotate_inside else self._rotated(qkv, norms)),
+            *((qkv, None, None) if rotate_inside else self._rotated(qkv, norms, layer)),
             *(*caches, self._starts, self._past, self._blocks),
-            *(self._heads.tables if rotate_inside else (None, None)),
+            *(self._heads.tables(layer) if rotate_inside else (None, None)),
             *(None, None),  # slot mapping, head sink
             *(norms if rotate_inside else (None, None)),
             *(self._caches.scale(part, layer) for part in PARTS),
@@ -78,6 +82,7 @@ class PagedAttention:
             do_rotary=int(rotate_inside),
             qk_norm_epsilon=spec.norm_eps,
             **{f"{part}_quant_type": "PER_CHANNEL" if self._int8_cache else "NONE" for part in "kv"},
+            **self._mask(layer),
         )
         for part, value in zip(PARTS, written, strict=True):
             self._caches.written(part, layer, value)
@@ -87,6 +92,17 @@ class PagedAttention:
         """Declare the caches as outputs, after the logits."""
         self._caches.output()
 
+    def _mask(self, layer: int) -> dict[str, Attribute]:
+        """What differs from the operator's defaults; the window bounds what lies before a token, mutual or not."""
+        spec, attributes = self._spec, dict[str, Attribute]()
+        if spec.query_scalar:
+            attributes["scale"] = spec.score_scale
+        if window := spec.window(layer):
+            attributes["local_window_size"] = window
+        if self._mutual:
+            attributes["is_causal"] = 0
+        return attributes
+
     def _position_input(self) -> ir.Value:
         """[3, 1, T] of the type that MRotaryEmbedding takes."""
         builder = self._builder
@@ -94,12 +110,12 @@ class PagedAttention:
         return builder.op("Cast", builder.reshape(positions, 3, 1, -1), to=int(ir.DataType.INT64))
 
     def _rotated(
-        self, qkv: ir.Value, norms: tuple[ir.Value | None, ir.Value | None]
+        self, qkv: ir.Value, norms: tuple[ir.Value | None, ir.Value | None], layer: int
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Three-axis rotary embedding, which the operator does not do itself, and the norm that comes before it."""
         heads, spec, positions = self._heads, self._spec, self._positions
         assert positions is not None
         query, key, value = heads.split(qkv)
-        query = heads.rotate(heads.norm(query, spec.heads, norms[0]), spec.heads, positions)
-        key = heads.rotate(heads.norm(key, spec.kv_heads, norms[1]), spec.kv_heads, positions)
+        query = heads.rotate(heads.norm(query, spec.heads, norms[0]), spec.heads, positions, layer)
+        key = heads.rotate(heads.norm(key, spec.kv_heads, norms[1]), spec.kv_heads, positions, layer)
         return query, key, value

@@ -14,7 +14,7 @@ from engine.graphs.cuda.inputs import StepInputs
 from engine.graphs.cuda.linear import cuda_linears
 from engine.graphs.cuda.unfused import UnfusedAttention
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
-from engine.graphs.decoder import decoder_graph
+from engine.graphs.decoder import decoder_graph, scaled_embedding, softcapped
 from engine.graphs.dialect import DecoderAttention, Residual
 from engine.spec import DecoderSpec, FloatType
 
@@ -70,6 +70,7 @@ class StockLayers:
 
     def __init__(self, builder: CudaBuilder, artifact: Artifact) -> None:
         self._builder = builder
+        self._model = artifact.spec
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
 
@@ -82,6 +83,7 @@ class StockLayers:
         slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
         chosen = builder.op("Gather", slot_tokens, slots, axis=0)
         tokens = self._linears.embedding(builder.op("Where", builder.op("Less", ids, zero), chosen, ids), "embedding")
+        tokens = scaled_embedding(builder, tokens, self._model, builder.dtype.type)
         self._features = Features(builder, self._spec)
         return self._features.placed(0, tokens)
 
@@ -92,17 +94,24 @@ class StockLayers:
         """Two products instead of one that would have to be split: a copy costs more than a launch."""
         normed, width = self._norm(x, norm), self._spec.intermediate
         gate, up = (self._linears.linear(normed, name, rows) for rows in ((0, width), (width, 2 * width)))
-        # QuickGelu with alpha 1 is x * sigmoid(x).
-        return self._builder.op("Mul", self._builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
+        return self._builder.op("Mul", self._activated(gate), up)
 
-    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
-        residual.added = self._linears.linear(x, name)
+    def _activated(self, gate: ir.Value) -> ir.Value:
+        if self._spec.activation == "gelu_pytorch_tanh":
+            return self._builder.op("FastGelu", gate, domain=MICROSOFT)
+        # With alpha 1 it is x * sigmoid(x).
+        return self._builder.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)
+
+    def linear_add(self, x: ir.Value, name: str, residual: Residual, norm: str | None = None) -> None:
+        added = self._linears.linear(x, name)
+        residual.added = added if norm is None else self._norm(Residual(added), norm)
 
     def add_features(self, residual: Residual, part: int) -> None:
         self._features.add(residual, part)
 
     def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
-        return self._linears.linear(self._builder.op("Gather", self._norm(x, norm), rows, axis=0), name)
+        logits = self._linears.linear(self._builder.op("Gather", self._norm(x, norm), rows, axis=0), name)
+        return softcapped(self._builder, logits, self._spec, self._builder.dtype.type)
 
     def _norm(self, x: Residual, name: str) -> ir.Value:
         """The norm of the residual and what waits to be added to it; one launch for both."""

@@ -41,6 +41,15 @@ STOCK = Fusion(linear=False, attention=False)
 """All operators are ONNX Runtime's own."""
 
 
+def fusable(spec: DecoderSpec) -> bool:
+    """Whether our operators compute such a decoder: gated SiLU, no norm of what is added, every token seen."""
+    return (
+        spec.activation == "silu"
+        and spec.sliding is None
+        and not (spec.output_norms or spec.scaled_embedding or spec.query_scalar or spec.logit_softcap)
+    )
+
+
 class FusedLayers:
     """Implements `DecoderLayers` for int8 weights: norm, product, bias, gate and residual are one node."""
 
@@ -64,7 +73,8 @@ class FusedLayers:
     def norm_gate(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linear(x.value, name, norm=norm, activation="silu_gate")
 
-    def linear_add(self, x: ir.Value, name: str, residual: Residual) -> None:
+    def linear_add(self, x: ir.Value, name: str, residual: Residual, norm: str | None = None) -> None:
+        assert norm is None, "This is a bug: a model that norms what it adds has no fused layers."
         residual.value = self._linear(x, name, residual=residual.value)
 
     def add_features(self, residual: Residual, part: int) -> None:
@@ -126,7 +136,7 @@ class FusedDecodeAttention:
             self._builder,
             "PagedDecode",
             *(qkv, *(self._caches.input(part, layer) for part in PARTS)),
-            *(self._past, self._blocks, *self._heads.tables, self._positions),
+            *(self._past, self._blocks, *self._heads.tables(layer), self._positions),
             *self._heads.norm_weights(layer),
             *(self._caches.scale(part, layer) for part in PARTS),
             parameters=parameters,

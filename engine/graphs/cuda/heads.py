@@ -17,10 +17,16 @@ class Heads:
     """Each method takes and gives [T, heads * head_dim]."""
 
     def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int) -> None:
-        """`tables` are cosine and sine of positions below `positions`, [positions, head_dim / 2]."""
         self._builder = builder
         self._spec = spec
-        self.tables = rotary_tables(builder, spec.rope, positions, builder.dtype.type)
+        dtype = builder.dtype.type
+        self._tables = rotary_tables(builder, spec.rope, positions, dtype)
+        if spec.sliding:
+            self._sliding_tables = rotary_tables(builder, spec.sliding.rope, positions, dtype, "sliding_rotary")
+
+    def tables(self, layer: int) -> tuple[ir.Value, ir.Value]:
+        """Cosine and sine of positions below `positions`, [positions, head_dim / 2]."""
+        return self._sliding_tables if self._spec.window(layer) else self._tables
 
     def split(self, packed: ir.Value) -> Sequence[ir.Value]:
         """Queries, keys and values, which lie side by side."""
@@ -44,16 +50,16 @@ class Heads:
         normed = builder.op("SimplifiedLayerNormalization", rows, weight, axis=-1, epsilon=spec.norm_eps)
         return builder.reshape(normed, -1, heads * spec.head_dim)
 
-    def rotate(self, x: ir.Value, heads: int, positions: ir.Value) -> ir.Value:
+    def rotate(self, x: ir.Value, heads: int, positions: ir.Value, layer: int) -> ir.Value:
         """By positions int64 [3, 1, T] or [1, T]."""
         builder, rope = self._builder, self._spec.rope
         width = heads * self._spec.head_dim
         batch = builder.reshape(x, 1, -1, width)
         if rope.axes == 1:
-            rotated = builder.op("RotaryEmbedding", batch, positions, *self.tables, domain=MICROSOFT)
+            rotated = builder.op("RotaryEmbedding", batch, positions, *self.tables(layer), domain=MICROSOFT)
         else:
             rotated = builder.op(
-                *("MRotaryEmbedding", batch, positions, *self.tables),
+                *("MRotaryEmbedding", batch, positions, *self.tables(layer)),
                 domain=MICROSOFT,
                 mrope_section=rope.mrope_section,
                 mrope_layout=int(rope.mrope_interleaved),

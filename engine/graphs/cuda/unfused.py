@@ -32,19 +32,20 @@ class UnfusedAttention:
         self._written = self._int64(builder.input(UnfusedInputs.WRITTEN, np.int32, ["T", 2]))
         places = builder.input(UnfusedInputs.PLACES, np.int32, ["T"])
         self._positions = self._position_input(places)
-        self._seen, self._valid = self._masks(places)
+        self._seen, self._seen_in_window, self._valid = self._masks(places)
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
         """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
         builder, spec, heads = self._builder, self._spec, self._heads
         query, key, value = heads.split(qkv)
         query_norm, key_norm = heads.norm_weights(layer)
-        query = heads.rotate(heads.norm(query, spec.heads, query_norm), spec.heads, self._positions)
-        key = heads.rotate(heads.norm(key, spec.kv_heads, key_norm), spec.kv_heads, self._positions)
+        query = heads.rotate(heads.norm(query, spec.heads, query_norm), spec.heads, self._positions, layer)
+        key = heads.rotate(heads.norm(key, spec.kv_heads, key_norm), spec.kv_heads, self._positions, layer)
         keys, values = (self._write(x, part, layer) for x, part in zip((key, value), PARTS, strict=True))
-        scale = builder.constant(spec.head_dim**-0.5, np.float32)
+        scale = builder.constant(spec.score_scale, np.float32)
         scores = builder.op("MatMul", builder.op("Mul", self._padded(query), scale), self._by_head(keys, [0, 2, 3, 1]))
-        scores = builder.op("Where", self._seen, scores, builder.constant(_MASKED, np.float32))
+        seen = self._seen_in_window if spec.window(layer) else self._seen
+        scores = builder.op("Where", seen, scores, builder.constant(_MASKED, np.float32))
         # Memory that nobody wrote, or somebody else did, may hold what is not a number; its weight is zero.
         values = builder.op("Where", self._valid, values, builder.constant(0, np.float32))
         mixed = builder.op("MatMul", builder.op("Softmax", scores, axis=-1), self._by_head(values, [0, 2, 1, 3]))
@@ -78,16 +79,21 @@ class UnfusedAttention:
         builder = self._builder
         return builder.op("Unsqueeze", builder.op("Transpose", x, perm=order), builder.constant([2], np.int64))
 
-    def _masks(self, places: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Which keys a query sees, [B, 1, 1, S, L], and which a sequence has at all, [B, L, 1, 1]."""
+    def _masks(self, places: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Which keys a query sees, [B, 1, 1, S, L], also in sliding layers, and which a sequence has, [B, L, 1, 1]."""
         builder = self._builder
         keys = builder.input(UnfusedInputs.KEY_PLACES, np.int32, ["L"])
         lengths = builder.input(UnfusedInputs.LENGTHS, np.int32, ["B"])
         queries = builder.op("Gather", places, self._queries, axis=0)
         queries = builder.op("Unsqueeze", queries, builder.constant([1, 2, 4], np.int64))
         valid = builder.op("Less", keys, builder.reshape(lengths, -1, 1))
+        seen = in_window = builder.op("LessOrEqual", keys, queries)
+        if self._spec.sliding:
+            first = builder.op("Sub", queries, builder.constant(self._spec.sliding.window, np.int32))
+            in_window = builder.op("And", seen, builder.op("Greater", keys, first))
         return (
-            builder.op("LessOrEqual", keys, queries),
+            seen,
+            in_window,
             builder.op("Unsqueeze", valid, builder.constant([2, 3], np.int64)),
         )
 

@@ -1,0 +1,83 @@
+"""Gemma 3's configurations, as transformers writes them now and before."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+from engine.errors import CheckpointError
+from engine.families import CheckpointConfig, family_for
+from engine.spec import ModelSpec
+
+
+def read(config: dict[str, Any]) -> ModelSpec:
+    return family_for(config).spec(CheckpointConfig(config, {}, {}))
+
+
+def read_text(**values: Any) -> ModelSpec:
+    return read({"model_type": "gemma3_text"} | values)
+
+
+def written(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return values
+
+
+def test_a_field_left_out_means_what_transformers_means() -> None:
+    spec, theirs = read_text().decoder, Gemma3TextConfig()
+    assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads) == (26, 2304, 8, 4)
+    assert (spec.head_dim, spec.intermediate, spec.vocab) == (theirs.head_dim, theirs.intermediate_size, 262208)
+    assert (spec.norm_eps, spec.context_length) == (theirs.rms_norm_eps, theirs.max_position_embeddings)
+    assert spec.score_scale == theirs.query_pre_attn_scalar**-0.5
+    assert spec.tied_head
+    assert spec.qk_norm
+    assert spec.sliding is not None
+    assert spec.sliding.window == theirs.sliding_window
+    assert theirs.layer_types is not None
+    assert spec.sliding.layers == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"rope_theta": 2_000.0, "rope_local_base_freq": 500.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2, "num_hidden_layers": 5},
+    ],
+)
+def test_older_files_say_the_same(old: dict[str, Any]) -> None:
+    config = Gemma3TextConfig(**old)
+    spec = read_text(**old).decoder
+    reference = Gemma3RotaryEmbedding(config)
+    assert spec.sliding is not None
+    for ours, theirs in ((spec.rope, "full_attention_inv_freq"), (spec.sliding.rope, "sliding_attention_inv_freq")):
+        torch.testing.assert_close(torch.tensor(ours.inv_freq), getattr(reference, theirs), rtol=1e-6, atol=0)
+    new = read(written(config)).decoder
+    assert new == spec
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layer_types": ["sliding_attention"]}, "layer_types is ['sliding_attention']; it must be a list of 26 of"),
+        ({"layer_types": ["chunked_attention"] * 26}, "sliding_attention and full_attention"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; it must be false"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type is 'yarn'"),
+        ({"sliding_window": 0}, "sliding_window is 0; it must be a positive integer"),
+    ],
+)
+def test_what_is_not_supported_is_said_by_name(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_text(**config)
+    assert message in str(caught.value)
+
+
+def test_a_cap_on_logits_is_read() -> None:
+    assert read_text(final_logit_softcapping=30.0).decoder.logit_softcap == 30.0

@@ -1,0 +1,118 @@
+"""Questions about images, from their files to the answer's text, are answered as transformers answers them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image as Picture
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from tests.engine.asking import ask, picture, request
+from tests.engine.conftest import Start
+from tests.prompts import checkpoints
+from tests.prompts.checkpoints import Reference, question
+from tests.runtime.models import randomise
+
+TOKENS = 16
+QUESTIONS: list[tuple[list[tuple[int, int]], str]] = [
+    ([(57, 131)], "What shape is in the image?"),
+    ([(230, 61), (64, 64)], "again and again"),
+    ([], "Answer in one word."),
+    ([(64, 64), (301, 97), (29, 200)], "What?"),
+]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    reference: Reference
+    model: PreTrainedModel
+
+    def answer(self, files: list[bytes], text: str) -> str:
+        """Greedy, TOKENS long."""
+        pictures: list[Picture.Image] = [Picture.open(io.BytesIO(file)) for file in files]
+        given = self.reference.inputs([question(*pictures, text)], pictures)
+        inputs = {name: torch.tensor(value) for name, value in given.items()}
+        with torch.no_grad():
+            out = self.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)  # type: ignore[operator]
+        tokens = out[0, inputs["input_ids"].shape[1] :]
+        answer: str = self.reference.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return answer
+
+
+def _config(reference: Reference, config: Any, rope: dict[str, Any], tower: dict[str, Any], **text: Any) -> Any:
+    tokenizer = reference.processor.tokenizer
+    return config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | rope,
+            **text,
+        },
+        vision_config={"depth": 3, "hidden_size": 72, "out_hidden_size": 64, "num_heads": 3} | tower,
+        image_token_id=reference.spec.tokens.image,
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+
+
+def qwen2_5_vl(folder: Path) -> Tiny:
+    reference = checkpoints.qwen2_vl(folder)
+    tower = {"intermediate_size": 60, "fullatt_block_indexes": [1]}
+    config = _config(reference, Qwen2_5_VLConfig, {"mrope_section": [2, 3, 3]}, tower)
+    return Tiny(reference, Qwen2_5_VLForConditionalGeneration(config))  # type: ignore[no-untyped-call]
+
+
+def qwen3_vl(folder: Path) -> Tiny:
+    reference = checkpoints.qwen3_vl(folder)
+    rope = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    tower = {"intermediate_size": 80, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
+    config = _config(reference, Qwen3VLConfig, rope, tower, head_dim=16)
+    return Tiny(reference, Qwen3VLForConditionalGeneration(config))  # type: ignore[no-untyped-call]
+
+
+MODELS: dict[str, Callable[[Path], Tiny]] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def tiny(request: pytest.FixtureRequest, storage: Path) -> Tiny:
+    made = MODELS[request.param](storage / "models" / request.param)
+    randomise(made.model).save_pretrained(made.reference.folder)
+    return made
+
+
+def test_answers_about_images_of_odd_sizes_are_transformers(tiny: Tiny, start: Start) -> None:
+    asked = [
+        ([picture(7 * number + n, size) for n, size in enumerate(sizes)], text)
+        for number, (sizes, text) in enumerate(QUESTIONS)
+    ]
+    wanted = [tiny.answer(files, text) for files, text in asked]
+    options: dict[str, Any] = {"model": tiny.reference.folder.name, "max_tokens": TOKENS, "ignore_eos": True}
+    for chunk in (0, 40):
+        engine = start(precision="fp32", prefill_chunk=chunk)
+        for _ in range(2):  # the second time prefixes are there already
+            answers = [ask(engine, request(*files, text, **options)) for files, text in asked]
+            assert [answer.wait().text for answer in answers] == wanted
+        assert answers[0].finished is not None
+        assert answers[0].finished.usage.reused_tokens > 0

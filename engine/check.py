@@ -1,8 +1,7 @@
 """What this machine has for these settings, and what is wrong with it: asked when a form is saved.
 
-A driver or a network disk may take for ever, so the looking is done by a short-lived process of its own that needs the
-standard library only: `python -m engine.check SETTINGS` takes JSON and writes a line of JSON for everything it has
-found out. It asks the driver itself, because torch and ONNX Runtime take too long to import.
+A driver or a network disk may take for ever, so the looking is an errand. It asks the driver itself, because torch and
+ONNX Runtime take too long to import.
 """
 
 from __future__ import annotations
@@ -11,23 +10,19 @@ import ctypes
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import device
+from engine import device, errand
 from engine.config import EngineConfig
-from engine.errors import EngineError, StorageError, error_from_code
+from engine.errors import StorageError
 from engine.storage import open_storage
 
 LIMIT_S = 1.7  # the form's user waits; Dify's own work comes on top
 FREE_SPACE_MIB = 64  # the bundled model's artifact and a few answers
 COMPILERS = ("cc", "gcc", "clang")  # as engine/kernels/bridge/shim.py looks for them
-_ROOT = Path(__file__).resolve().parent.parent
 _SECRETS = ("hub_token",)  # nothing here needs them
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
@@ -50,10 +45,9 @@ def check(config: EngineConfig, *, limit_s: float = LIMIT_S, command: Sequence[s
     Raises StorageError, DeviceUnavailable or InvalidConfig, naming what to change. A GPU that does not answer in time
     is no error, because drivers may take seconds to wake up: the first request will tell.
     """
+    settings = {name: value for name, value in config.to_mapping().items() if name not in _SECRETS}
     found: dict[str, str] = {}
-    for line in _look(config, limit_s, command or (sys.executable, "-S", "-m", "engine.check")):
-        if "error" in line:
-            raise error_from_code(line["error"], line["message"])
+    for line in errand.ask("engine.check", json.dumps(settings), limit_s, packages=False, command=command):
         found |= line
     if "storage" not in found:
         raise StorageError(
@@ -64,41 +58,15 @@ def check(config: EngineConfig, *, limit_s: float = LIMIT_S, command: Sequence[s
     return Findings(found["storage"], found.get("compiler", unknown), found.get("device", unknown))
 
 
-def _look(config: EngineConfig, limit_s: float, command: Sequence[str]) -> list[dict[str, str]]:
-    """What the process wrote until its time was over.
+def look(settings: str, write: errand.Write) -> None:
+    """What the process does. Storage comes first, so that it can be told apart from a slow driver.
 
-    It writes to a file: what is in a pipe when the time is over, gevent's `subprocess` throws away.
+    Raises StorageError, DeviceUnavailable or InvalidConfig.
     """
-    settings = {name: value for name, value in config.to_mapping().items() if name not in _SECRETS}
-    with tempfile.TemporaryFile() as written:
-        process = subprocess.Popen(
-            [*command, json.dumps(settings)],
-            cwd=_ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=written,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            process.kill()  # not waited for: a process that hangs in the kernel ends when the kernel lets it
-        written.seek(0)
-        return [json.loads(line) for line in written if line.endswith(b"\n")]
-
-
-def main(config: EngineConfig, write: Callable[[dict[str, str]], None]) -> None:
-    """Storage first, so that it can be told apart from a slow driver."""
-    looks: dict[str, Callable[[], str]] = {
-        "storage": lambda: _storage(config.storage),
-        "compiler": lambda: _compiler() or "none (fused kernels need one)",
-        "device": lambda: _device(config),
-    }
-    for name, look in looks.items():
-        try:
-            write({name: look()})
-        except EngineError as error:
-            write({"error": error.code, "message": str(error)})
-            return
+    config = EngineConfig.from_mapping(json.loads(settings))
+    write({"storage": _storage(config.storage)})
+    write({"compiler": _compiler() or "none (fused kernels need one)"})
+    write({"device": _device(config)})
 
 
 def _storage(folder: Path) -> str:
@@ -190,8 +158,4 @@ class _Driver:
 
 
 if __name__ == "__main__":
-
-    def _write(line: dict[str, str]) -> None:
-        print(json.dumps(line), flush=True)
-
-    main(EngineConfig.from_mapping(json.loads(sys.argv[1])), _write)
+    errand.answer(look)

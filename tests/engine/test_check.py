@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import stat
@@ -15,15 +16,19 @@ import pytest
 
 from engine import check as module
 from engine import device
-from engine.check import check, main
+from engine.check import check, look
 from engine.config import EngineConfig
-from engine.errors import DeviceUnavailable, InvalidConfig, StorageError
+from engine.errors import DeviceUnavailable, EngineError, InvalidConfig, StorageError
 
 
 def looked(config: EngineConfig) -> list[dict[str, str]]:
     """What the process would write, asked in this one."""
     lines: list[dict[str, str]] = []
-    main(config, lines.append)
+    settings = {name: str(value) for name, value in config.to_mapping().items()}
+    try:
+        look(json.dumps(settings), lines.append)
+    except EngineError as error:
+        lines.append({"error": error.code, "message": str(error)})
     return lines
 
 
@@ -50,7 +55,7 @@ def test_a_disk_with_too_little_room_is_named_with_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "free_mib", lambda folder: 3)
-    (line,) = looked(EngineConfig(storage=tmp_path))
+    *_, line = looked(EngineConfig(storage=tmp_path))
     assert line["error"] == "StorageError"
     assert "3 MiB free; at least 64 MiB" in line["message"]
 

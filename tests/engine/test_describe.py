@@ -1,0 +1,68 @@
+"""What Dify is told about a checkpoint comes from the code that runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import errand
+from engine.catalog import ROOT
+from engine.describe import Description, describe
+from engine.errors import CheckpointError
+
+
+def folder_with(tmp_path: Path, **config: Any) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_the_demo_sees_and_its_context_is_known() -> None:
+    assert describe(ROOT / "demo") == Description(context=4096, vision=True)
+
+
+def test_a_text_model_has_no_vision(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=40960)
+    assert describe(folder) == Description(context=40960, vision=False)
+
+
+def test_a_configuration_that_changed_is_read_again(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=100)
+    assert describe(folder).context == 100
+    folder_with(tmp_path, model_type="qwen3", max_position_embeddings=200)
+    os.utime(folder / "config.json", ns=(1, 1))  # whatever the clock's steps are
+    assert describe(folder).context == 200
+
+
+def test_it_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=300)
+    first = describe(folder)
+    monkeypatch.setattr(errand, "ask", None)
+    assert describe(folder) == first
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'; this engine runs .*smolvlm"),
+        ({}, "model_type None"),
+        ({"model_type": "qwen3", "max_position_embeddings": "many"}, "max_position_embeddings is 'many'"),
+    ],
+)
+def test_a_model_that_the_engine_does_not_run_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        describe(folder_with(tmp_path, **config))
+
+
+def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        describe(tmp_path)
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        describe(tmp_path / "nothing")

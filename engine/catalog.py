@@ -99,6 +99,12 @@ def folder_name(name: str) -> str:
     return f"{match[1]}--{match[2]}" + (f"@{revision}" if revision != MAIN else "")
 
 
+def model_name(name: str, storage: Path) -> str:
+    """One name for a model, whichever of its names is given: its folder's under storage/models."""
+    path = Path(name)
+    return path.name if path.is_absolute() and path.parent == models_folder(storage) else folder_name(name)
+
+
 def _is_of(repository: Repository, model: CatalogModel) -> bool:
     return (repository.name, repository.revision) == (model.repository, model.revision)
 
@@ -120,12 +126,10 @@ def find_checkpoint(name: str, storage: Path) -> Path:
     """
     if name in BUNDLED:
         return BUNDLED[name]
-    folder = models_folder(storage)
-    wanted = Path(name).name if Path(name).is_absolute() and Path(name).parent == folder else folder_name(name)
-    known = known_models(storage)
+    known, wanted = known_models(storage), model_name(name, storage)
     if wanted not in known:
         raise UnknownModel(
             f"unknown model {name!r}; known models: {', '.join(sorted(known))}. "
-            f"To add one, put its Hugging Face folder under {folder}"
+            f"To add one, put its Hugging Face folder under {models_folder(storage)}"
         )
     return known[wanted]

@@ -75,6 +75,15 @@ class EngineClient:
         with contextlib.closing(replies):
             return cast(int, next(replies))
 
+    def pull(self, model: str) -> dict[str, Any]:
+        """Start the download of a model unless it is there; does not wait for its end. See Engine.pull.
+
+        The engine's process is started if need be. Raises UnknownModel and what keeps the engine from starting.
+        """
+        replies = self._ask(self._connected, lambda number: wire.Pull(number, model), self._limit_s(STATUS_TIMEOUT_S))
+        with contextlib.closing(replies):
+            return cast("dict[str, Any]", next(replies))
+
     def status(self, timeout_s: float = STATUS_TIMEOUT_S) -> dict[str, Any] | None:
         """Plain values about the engine; None when it has not been started, or is still starting.
 

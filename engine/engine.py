@@ -12,15 +12,15 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cache import Answer, AnswerCache, FeatureCache, answer_key, feature_key
-from engine.catalog import find_checkpoint, known_models
+from engine.cache import Answer, answer_key, feature_key, open_caches
+from engine.catalog import known_models, model_name
 from engine.config import EngineConfig
 from engine.device import Devices, resolve
 from engine.errors import (
@@ -32,16 +32,17 @@ from engine.errors import (
     QueueFull,
 )
 from engine.fetch import ImageFetcher
+from engine.hub.downloads import Downloads, then
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
 from engine.preprocess import ImageInput, image_size
 from engine.prompts import Prompt
-from engine.replica import Replica
 from engine.request import Chunk, Finished, Image, Message, Request, Timings
 from engine.sampling import SamplerState
 from engine.scheduling.sequence import Sequence
 from engine.stats import Counts, OnStep, Uncounted, both
+from engine.status import model_status
 from engine.storage import open_storage
 from engine.stream import OnEvent, Stream
 
@@ -61,7 +62,7 @@ class Engine:
         self.config = config
         self._open_cuda = open_cuda
         open_storage(config.storage)
-        self._answers, self._features = _open_caches(config)
+        self._answers, self._features = open_caches(config)
         self._counts: Counts = Uncounted()
         self._on_step = on_step
         self._lock = threading.Lock()
@@ -77,6 +78,8 @@ class Engine:
         self._loader = ThreadPoolExecutor(1, "engine-load")
         self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
         self._fetcher = ImageFetcher(config)
+        self._downloads = Downloads(config)
+        self._arrivals: dict[Stream, tuple[str, float]] = {}  # who waits for a download: for what, and how long
         self._stopped = threading.Event()
         self._clock = threading.Thread(target=self._run_clock, name="engine-clock", daemon=True)
         self._clock.start()
@@ -103,7 +106,7 @@ class Engine:
     def _submit(self, request: Request, on_event: OnEvent | None) -> Stream:
         if (images := len(request.images) + len(request.image_urls)) > self.config.max_images:
             raise InvalidRequest(f"{images} images in one request; the limit is {self.config.max_images} (max_images)")
-        find_checkpoint(request.model, self.config.storage)
+        is_here = self._downloads.require(request.model)
         accepted = time.monotonic()
         limit = self.config.request_timeout_s if request.timeout_s is None else request.timeout_s
         stream = Stream(on_event, deadline=accepted + min(limit, self.config.request_timeout_s), on_end=self._ended)
@@ -114,23 +117,36 @@ class Engine:
                 raise QueueFull(
                     f"the queue is full ({self.config.max_waiting} waiting); try again or raise max_waiting"
                 )
-            self._open[stream] = request.model
+            self._open[stream] = model_name(request.model, self.config.storage)
+            if not is_here:
+                self._arrivals[stream] = request.model, accepted + self.config.download_wait_s
         pool, prepare = (self._fetcher.pool, self._fetch) if request.image_urls else (self._workers, self._prepare)
         start = partial(prepare, request, stream, accepted)
         self._model(request.model).add_done_callback(lambda model: pool.submit(start, model))
         return stream
 
     def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
-        """Tokens of the prompt, images included. Blocks while the model loads."""
+        """Tokens of the prompt, images included. Blocks while the model loads. Raises ModelDownloading."""
+        self._downloads.wait(model)
         messages = self._fetcher.fetched(messages)
         images = [part for message in messages for part in message.parts if isinstance(part, Image)]
         sizes = [image_size(image.data, max_megapixels=self.config.max_image_megapixels) for image in images]
         return self.load(model).prompts.count(messages, sizes)
 
     def load(self, name: str) -> Model:
-        """Load a model now instead of at its first request; blocks."""
-        find_checkpoint(name, self.config.storage)
+        """Load a model now instead of at its first request; blocks, however long its download takes."""
+        self._downloads.require(name)
         return self._model(name).result()
+
+    def pull(self, name: str) -> dict[str, Any]:
+        """Start the download of a model that is not there; returns at once.
+
+        `state` is "here" or "downloading", `note` how far it is. Raises UnknownModel.
+        """
+        if self._downloads.require(name):
+            return {"state": "here", "note": ""}
+        self._downloads.start(name)
+        return {"state": "downloading", "note": str(self._downloads.note(name))}
 
     def status(self) -> dict[str, Any]:
         """Plain values about what is loaded and under way."""
@@ -141,7 +157,8 @@ class Engine:
         return {
             "open_requests": waiting,
             "known_models": sorted(known_models(self.config.storage)),
-            "models": {name: _model_status(future.result()) for name, future in loaded.items()},
+            "downloads": {name: str(self._downloads.progress(name)) for name in self._downloads.names()},
+            "models": {name: model_status(future.result()) for name, future in loaded.items()},
         }
 
     def close(self) -> None:
@@ -155,6 +172,7 @@ class Engine:
             stream.push(EngineStopped("the engine is shutting down"))
         self._stopped.set()
         self._clock.join()
+        self._downloads.close()
         self._loader.shutdown(cancel_futures=True)
         self._workers.shutdown(cancel_futures=True)
         self._fetcher.close()
@@ -165,13 +183,20 @@ class Engine:
                 cache.close()
 
     def _model(self, name: str) -> Future[Model]:
-        """The model, loaded once however many ask; a failed load is tried again by the next request."""
+        """The model, fetched and loaded once however many ask; what failed is tried again by the next request."""
         with self._lock:
-            future = self._models.get(name)
+            key = model_name(name, self.config.storage)
+            future = self._models.get(key)
             if future is None or (future.done() and future.exception() is not None):
-                future = self._models[name] = self._loader.submit(self._load, name)
-            self._last_used[name] = time.monotonic()
+                future = self._models[key] = self._start_loading(name)
+            self._last_used[key] = time.monotonic()
             return future
+
+    def _start_loading(self, name: str) -> Future[Model]:
+        def load() -> Future[Model]:
+            return self._loader.submit(self._load, model_name(name, self.config.storage))
+
+        return load() if self._downloads.require(name) else then(self._downloads.start(name), load)
 
     def _load(self, name: str) -> Model:
         """On the loader's thread, which is the only one that starts loops."""
@@ -300,6 +325,7 @@ class Engine:
     def _run_clock(self) -> None:
         while not self._stopped.wait(CLOCK_S):
             self._expire()
+            self._stop_waiting()
             self._unload_idle()
 
     def _expire(self) -> None:
@@ -308,6 +334,15 @@ class Engine:
             expired = [stream for stream in self._open if stream.deadline <= now]
         for stream in expired:
             stream.push(DeadlineExceeded("the request did not finish within its time limit; raise it or ask for less"))
+
+    def _stop_waiting(self) -> None:
+        """A download goes on without those whom it takes too long."""
+        now = time.monotonic()
+        with self._lock:
+            late = [(stream, name) for stream, (name, until) in self._arrivals.items() if until <= now]
+        for stream, name in late:
+            if self._downloads.is_running(name):
+                stream.push(self._downloads.note(name))
 
     def _unload_idle(self) -> None:
         """Give up models that nobody asked anything for long enough; the next request loads them again."""
@@ -329,6 +364,7 @@ class Engine:
     def _ended(self, stream: Stream) -> None:
         with self._lock:
             name = self._open.pop(stream, None)
+            self._arrivals.pop(stream, None)
             if name is not None:
                 self._last_used[name] = time.monotonic()
         if name is not None and stream.last is not None:
@@ -342,16 +378,6 @@ def _leave_to_the_end() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-
-
-def _open_caches(config: EngineConfig) -> tuple[AnswerCache | None, FeatureCache | None]:
-    if not config.cache_enabled:
-        return None, None
-    folder, expiry_s = config.storage / "cache", config.cache_expiry_hours * 3600
-    return (
-        AnswerCache(folder, size_limit_bytes=config.answer_cache_mib << 20, expiry_s=expiry_s),
-        FeatureCache(folder, size_limit_bytes=config.feature_cache_mib << 20),
-    )
 
 
 def _fit(prompt_tokens: int, max_tokens: int, context_length: int) -> int:
@@ -372,26 +398,3 @@ def _replay(answer: Answer, stream: Stream, accepted: float) -> None:
     if answer.text:
         stream.push(Chunk(answer.text, answer.usage.completion_tokens))
     stream.push(Finished(answer.reason, answer.usage, Timings(elapsed, elapsed, elapsed), from_cache=True))
-
-
-def _model_status(model: Model) -> dict[str, Any]:
-    return {
-        "precision": model.artifact.precision,
-        "weight_bytes": model.artifact.weight_bytes,
-        "context_length": model.context_length,
-        "replicas": [_replica_status(replica) for replica, _ in model.replicas],
-    }
-
-
-def _replica_status(replica: Replica) -> dict[str, Any]:
-    scheduler = replica.scheduler
-    return {
-        "device": replica.device,
-        "running": len(scheduler.running),
-        "waiting": len(scheduler.waiting),
-        "kv_blocks": scheduler.kv.blocks,
-        "kv_blocks_used": scheduler.kv.used_blocks,
-        "kv_blocks_indexed": scheduler.kv.indexed_blocks,
-        "kv_tokens": scheduler.kv.capacity,
-        "memory": asdict(replica.runner.memory()),
-    }

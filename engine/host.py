@@ -53,6 +53,8 @@ class ServedEngine(Protocol):
 
     def status(self) -> dict[str, Any]: ...
 
+    def pull(self, name: str) -> dict[str, Any]: ...
+
     def close(self) -> None: ...
 
 
@@ -133,6 +135,10 @@ class Host:
                 self._counting.submit(self._reported, number, lambda: self._count(number, model, messages))
             case wire.StatusQuery(number):
                 self._reporting.submit(self._reported, number, lambda: self._report_status(number))
+            case wire.Pull(number, model):
+                self._reporting.submit(
+                    self._reported, number, lambda: self._outbox.put(number, self._engine.pull(model))
+                )
             case wire.Malformed(number, error):
                 self._outbox.put(number, error)
             case wire.Close():

@@ -4,7 +4,7 @@ A frame is a little-endian 32-bit length and that many bytes of MessagePack: an 
 Images travel as raw bytes. Both ends come from the same folder, so a version that differs means that files changed
 under a running process: it is an error, never a negotiation.
 
-    client -> host   Hello, then any of Submit, Cancel, Count, StatusQuery, Close
+    client -> host   Hello, then any of Submit, Cancel, Count, StatusQuery, Pull, Close
     host -> client   Ready once, then Replies: everything that happened since the last frame, for all requests
 
 The client numbers its requests from 1; number 0 in Replies is the connection itself.
@@ -63,6 +63,7 @@ class Kind(IntEnum):
     ERROR = 10
     TOKENS = 11
     STATUS = 12
+    PULL = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,14 @@ class StatusQuery:
 
 
 @dataclass(frozen=True, slots=True)
+class Pull:
+    """Start the download of a model that is not there; the reply says how far it is (see Engine.pull)."""
+
+    number: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """The client wants the engine to end."""
 
@@ -120,7 +129,7 @@ class Ready:
 
 
 Reply = Chunk | Finished | EngineError | int | dict[str, Any]
-"""For a Submit: chunks, then one Finished or error. For a Count: an int. For a StatusQuery: plain values by name."""
+"""For a Submit: chunks, then one Finished or error. For a Count: an int. For StatusQuery and Pull: plain values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,7 @@ class Replies:
     replies: tuple[tuple[int, Reply], ...]
 
 
-Query = Hello | Submit | Cancel | Count | StatusQuery | Close
+Query = Hello | Submit | Cancel | Count | StatusQuery | Pull | Close
 Answer = Ready | Replies
 
 
@@ -202,6 +211,8 @@ def decode_query(payload: bytes) -> Query | Malformed:
             return _content(number, lambda: Count(number, model, _messages(messages)))
         case [Kind.STATUS_QUERY, int(number)]:
             return StatusQuery(number)
+        case [Kind.PULL, int(number), str(model)]:
+            return Pull(number, model)
         case [Kind.CLOSE]:
             return Close()
     raise ProtocolError(f"not a message of a client: {_excerpt(payload)}")
@@ -233,6 +244,8 @@ def _message_to_plain(message: Query | Answer) -> list[Any]:
             return [Kind.COUNT, message.number, message.model, _plain(message.messages)]
         case StatusQuery():
             return [Kind.STATUS_QUERY, message.number]
+        case Pull():
+            return [Kind.PULL, message.number, message.model]
         case Close():
             return [Kind.CLOSE]
         case Ready():

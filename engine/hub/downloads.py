@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from engine.catalog import folder_name
+from engine.catalog import find_checkpoint, folder_name
 from engine.config import EngineConfig
-from engine.errors import EngineError, ModelDownloading
+from engine.errors import EngineError, EngineStopped, ModelDownloading, UnknownModel
 from engine.hub.download import download, require_repository
 from engine.hub.progress import Progress, label, model_state
 
@@ -42,6 +44,24 @@ class Downloads:
             self._running[folder] = future, thread
         thread.start()
         return future
+
+    def require(self, name: str) -> bool:
+        """Whether the model is here. Raises UnknownModel when it is not and cannot be downloaded either. Cheap."""
+        with contextlib.suppress(UnknownModel):
+            return find_checkpoint(name, self._config.storage).is_dir()
+        require_repository(name, self._config)
+        return False
+
+    def wait(self, name: str) -> None:
+        """Until the model is here, `download_wait_s` at most. Raises ModelDownloading, or why it will not come."""
+        if not self.require(name):
+            try:
+                self.start(name).result(self._config.download_wait_s)
+            except TimeoutError:
+                raise self.note(name) from None
+
+    def is_running(self, name: str) -> bool:
+        return folder_name(name) in self._running
 
     def names(self) -> list[str]:
         """The folders that are being filled."""
@@ -82,3 +102,28 @@ class Downloads:
             future.set_result(path)
         else:
             future.set_exception(problem)
+
+
+def then[T](first: Future[Path], second: Callable[[], Future[T]]) -> Future[T]:
+    """What `second` starts when `first` has succeeded; `first`'s failure when it has not."""
+    result: Future[T] = Future()
+
+    def pass_on(done: Future[T]) -> None:
+        problem = done.exception()
+        if problem is None:
+            result.set_result(done.result())
+        else:
+            result.set_exception(problem)
+
+    def go_on(done: Future[Path]) -> None:
+        problem = done.exception()
+        try:
+            if problem is None:
+                second().add_done_callback(pass_on)
+        except RuntimeError:  # an executor that takes no more work
+            problem = EngineStopped("the engine is shutting down")
+        if problem is not None:
+            result.set_exception(problem)
+
+    first.add_done_callback(go_on)
+    return result

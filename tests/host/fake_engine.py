@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.errors import Cancelled, ContextOverflow, DeviceLost, EngineError, QueueFull, StorageError
+from engine.errors import Cancelled, ContextOverflow, DeviceLost, EngineError, QueueFull, StorageError, UnknownModel
 from engine.host import serve
 from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Usage
 
@@ -74,6 +74,11 @@ class FakeEngine:
             "environment": dict(os.environ),
             "stdin": str(Path("/dev/fd/0").resolve()),
         }
+
+    def pull(self, name: str) -> dict[str, Any]:
+        if name == "nonsense":
+            raise UnknownModel("nonsense")
+        return {"state": "downloading", "note": name}
 
     def close(self) -> None:
         time.sleep(30 if os.environ.get("FAKE_CLOSE") == "hangs" else 0)

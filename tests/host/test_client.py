@@ -25,6 +25,7 @@ from engine.errors import (
     InvalidRequest,
     QueueFull,
     StorageError,
+    UnknownModel,
 )
 from engine.request import Chunk, Event, Finished, Image, Message, Request, SamplingParams, Text
 from tests.host.fake_engine import COMMAND
@@ -95,6 +96,12 @@ def test_many_requests_at_once_start_one_process_and_do_not_mix(client: EngineCl
 
 def test_tokens_are_counted_by_the_engine(client: EngineClient) -> None:
     assert client.count_tokens("demo", request("words").messages) == len(b"12345") + len("what?")
+
+
+def test_a_download_is_started_by_name(client: EngineClient) -> None:
+    assert client.pull("a/b") == {"state": "downloading", "note": "a/b"}
+    with pytest.raises(UnknownModel, match="nonsense"):
+        client.pull("nonsense")
 
 
 def test_counting_and_status_do_not_wait_for_each_other(client: EngineClient) -> None:
@@ -294,12 +301,12 @@ def test_a_host_of_another_version_is_refused(config: EngineConfig, tmp_path: Pa
     script = tmp_path / "host.py"
     script.write_text(
         "import sys, socket, msgpack\n"
-        "payload = msgpack.packb([6, 2, 1])\n"
+        "payload = msgpack.packb([6, 99, 1])\n"
         "socket.socket(fileno=int(sys.argv[1])).sendall(len(payload).to_bytes(4, 'little') + payload)\n"
         "sys.stdin.read()\n"
         "import time; time.sleep(60)\n"
     )
-    with pytest.raises(EngineStopped, match=r"protocol error: .*version 2"):
+    with pytest.raises(EngineStopped, match=r"protocol error: .*version 99"):
         list(EngineClient(config, command=(sys.executable, str(script))).stream(request("words")))
 
 

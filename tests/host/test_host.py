@@ -121,7 +121,7 @@ def test_a_malformed_request_fails_alone(ready: Raw) -> None:
 @pytest.mark.parametrize(
     ("hello", "error", "said"),
     [
-        ([wire.Kind.HELLO, 2, {}], EngineStopped, "version 2"),
+        ([wire.Kind.HELLO, 99, {}], EngineStopped, "version 99"),
         ([wire.Kind.HELLO, wire.VERSION, {"colour": "red"}], InvalidConfig, "colour"),
         ([wire.Kind.CANCEL, 1], EngineStopped, "first message must be Hello"),
         (["hello"], EngineStopped, "not a message"),

@@ -38,6 +38,7 @@ def payload(message: wire.Query | wire.Answer) -> bytes:
         wire.Cancel(3),
         wire.Count(4, "demo", MESSAGES),
         wire.StatusQuery(5),
+        wire.Pull(6, "owner/name"),
         wire.Close(),
     ],
 )

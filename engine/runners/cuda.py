@@ -21,6 +21,7 @@ from engine.runtime.cuda.capture import allow_beside_capture
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.step import Int32, PackedStep
+from engine.sampling import NO_TOKEN, masks
 from engine.sampling.device import DeviceSampler
 from engine.scheduling.paged import PagedKVCache
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
@@ -62,6 +63,7 @@ class CudaRunner:
         self._failures = DeviceFailures(self._device)
         self._ring = [_TokenCopy(len(sampler.slot_tokens), self._device) for _ in range(_RESULTS)]
         self._turn = 0
+        self._last: PendingStep | None = None
 
     def launch(self, plan: StepPlan) -> PendingStep:
         with self._failures:
@@ -73,11 +75,25 @@ class CudaRunner:
                 self._assign(chunk.sequence)
         sampled = plan.sampled
         logits, slots = self.decoder.run(self._step(plan))
+        constrained = {row: one for row, one in enumerate(sampled) if one.sampler.grammar is not None}
+        if constrained:
+            self._constrain(logits, constrained)
         copy = self._ring[self._turn]
         self._turn = (self._turn + 1) % _RESULTS
         copy.start(self._sampler.sample(logits, slots) if sampled else None)
         plan.advance(sampled)
-        return PendingStep(sampled, copy, self._failures)
+        self._last = PendingStep(sampled, copy, self._failures, list(constrained))
+        return self._last
+
+    def _constrain(self, logits: torch.Tensor, sequences: dict[int, Sequence]) -> None:
+        """Mask rows of logits by grammars, which must first know the tokens of the step before.
+
+        While the host waits for those and makes the masks, the device computes the logits.
+        """
+        if self._last is not None:
+            self._last.tokens()
+        grammars = [one.sampler.grammar for one in sequences.values() if one.sampler.grammar is not None]
+        self._sampler.constrain(logits, list(sequences), masks(grammars))
 
     def _step(self, plan: StepPlan) -> PackedStep:
         axes = self._spec.decoder.rope.axes
@@ -192,14 +208,25 @@ class _TokenCopy:
 class PendingStep:
     """Implements `StepResult`."""
 
-    def __init__(self, sequences: list[Sequence], copy: _TokenCopy, failures: DeviceFailures) -> None:
+    def __init__(
+        self, sequences: list[Sequence], copy: _TokenCopy, failures: DeviceFailures, constrained: list[int]
+    ) -> None:
         self.sequences = sequences
         self._copy = copy
         self._failures = failures
+        self._constrained = constrained
+        self._tokens: list[int] | None = None
 
     def tokens(self) -> list[int]:
-        with self._failures:
-            return self._copy.wait()
+        """The first call also moves the grammars of the `constrained` places on."""
+        if self._tokens is None:
+            with self._failures:
+                self._tokens = self._copy.wait()
+            for place in self._constrained:
+                grammar, token = self.sequences[place].sampler.grammar, self._tokens[place]
+                if grammar is not None and token != NO_TOKEN:
+                    grammar.commit(token)
+        return self._tokens
 
 
 def _recorded_event() -> torch.cuda.Event:

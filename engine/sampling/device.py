@@ -102,6 +102,20 @@ class DeviceSampler:
             return torch.empty(0, dtype=torch.int32, device=self.device)
         return self._sampling(logits, slots, self._table, self._counts, self.slot_tokens)
 
+    def constrain(self, logits: torch.Tensor, rows: Sequence[int], masks: NDArray[np.int32]) -> None:
+        """Set to minus infinity, in place, what the masks [n, words] do not allow in n rows of logits [R, vocab].
+
+        A bit per token, 32 to a word, the first token lowest, for at least the vocabulary. Asynchronous.
+        """
+        staged = self._staging(masks.size, torch.int32)
+        staged.numpy()[:] = masks.reshape(-1)
+        places = self._staging(len(rows), torch.int64)
+        places.numpy()[:] = rows
+        words, index = (one.to(self.device, non_blocking=True) for one in (staged, places))
+        bits = words.view(len(rows), -1, 1) >> torch.arange(32, dtype=torch.int32, device=self.device) & 1
+        forbidden = bits.view(len(rows), -1)[:, : self.vocab] == 0
+        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, -torch.inf))
+
     @property
     def memory(self) -> int:
         """Bytes of the tables kept for the slots; grows once, with the first penalty."""

@@ -6,6 +6,8 @@ compiles a schema in about a millisecond, and refuses the keywords that it does 
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ from engine.sampling.schema import read_schema
 Words = NDArray[np.int32]
 """Masks: a bit per token, 32 to a word, the first token lowest."""
 
+MOST_THREADS = 8
 KEPT = 64  # compiled schemas per model: a workflow's node sends the same one each time
 # Between tokens of JSON: nothing, a space, or a new line and its indent. Unbounded, a weak model would never go on.
 _WHITESPACE = r"( |\n {0,8})?"
@@ -31,24 +34,19 @@ _NARROW = 3  # with less room than this for digits it matters how many a token h
 class Matcher:
     """One sequence's place in its grammar. Used by one thread at a time."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
-        self._matcher = matcher
-        self._vocabulary = vocabulary
+    def __init__(self, state: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
+        self.state = state
+        self.vocabulary = vocabulary
         self._numerals = Numerals()
         self.problem = ""  # why nothing can follow, once that is so
 
-    @property
-    def words(self) -> int:
-        return self._vocabulary.words
-
-    def fill(self, words: Words) -> None:
-        """Write the mask of the tokens that may come next, [vocabulary.words]; of none when there is a `problem`."""
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if self._matcher.is_error():
+    def refine(self, words: Words) -> None:
+        """Take out of the grammar's mask [words] what makes a number too long, and all when there is a `problem`."""
+        if self.state.is_error():
             words.fill(0)
-            self.problem = f"the JSON schema is too complex: {_sentence(self._matcher.get_error())}"
+            self.problem = f"the JSON schema is too complex: {_sentence(self.state.get_error())}"
         elif (room := self._numerals.room) < _NARROW:
-            shorter = words & self._vocabulary.at_most_digits(room)
+            shorter = words & self.vocabulary.at_most_digits(room)
             if shorter.any():
                 words[:] = shorter
         elif not words.any():
@@ -56,9 +54,9 @@ class Matcher:
 
     def commit(self, token: int) -> None:
         """Take in the token that was chosen; after the end of the grammar, nothing."""
-        if not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
-            self._numerals.push(self._vocabulary.token_bytes(token))
+        if not self.state.is_stopped():
+            self.state.consume_token(token)
+            self._numerals.push(self.vocabulary.token_bytes(token))
 
 
 class Vocabulary:
@@ -121,14 +119,31 @@ class Grammars:
             return Matcher(compiled.deep_copy(), vocabulary)
 
 
+def masks(matchers: Sequence[Matcher]) -> Words:
+    """What may come next in each of one model's sequences, [n, words]; nothing where there is a `problem`."""
+    words = np.empty((len(matchers), matchers[0].vocabulary.words), np.int32)
+    if len(matchers) == 1:
+        matchers[0].state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    else:
+        places = [(matcher.state, row) for row, matcher in enumerate(matchers)]
+        _executor().unsafe_compute_mask_ptr(places, words.ctypes.data, words.strides[0], len(words))
+    for row, matcher in enumerate(matchers):
+        matcher.refine(words[row])
+    return words
+
+
 def constrain(logits: NDArray[np.float32], matchers: Mapping[int, Matcher]) -> None:
     """Set what may not come next to minus infinity, in place, in the rows of logits [B, V] that have a matcher."""
-    for row, matcher in matchers.items():
-        words = np.empty(matcher.words, np.int32)
-        matcher.fill(words)
+    for row, words in zip(matchers, masks(list(matchers.values())), strict=True):
         values = logits[row]
         forbidden = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(values)] == 0
         np.copyto(values, -np.inf, where=forbidden)
+
+
+@functools.cache
+def _executor() -> llguidance.LLExecutor:
+    """Threads for the masks of several sequences; idle, they sleep."""
+    return llguidance.LLExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0))))
 
 
 def _sentence(message: str) -> str:

@@ -12,7 +12,7 @@ import tokenizers
 
 from engine.errors import InvalidParameter
 from engine.prompts import Detokenizer, Tokenizer
-from engine.sampling.grammar import Grammars, Matcher, constrain
+from engine.sampling.grammar import Grammars, Matcher, constrain, masks
 from engine.sampling.numerals import Numerals
 from engine.sampling.schema import read_schema
 from tests.engine.schemas import random_schema
@@ -26,8 +26,7 @@ def vocabulary(kind: str) -> tokenizers.Tokenizer:
 
 
 def allowed(matcher: Matcher) -> list[int]:
-    words = np.empty(matcher.words, np.int32)
-    matcher.fill(words)
+    words = masks([matcher])[0]
     tokens: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
     return tokens
 

@@ -1,69 +1,96 @@
-"""What this machine has, and whether the bundled model answers on it."""
+"""What this machine has, what the settings come to on it, and whether the bundled model answers."""
 
 from __future__ import annotations
 
 import argparse
 import base64
-import importlib.metadata
+import dataclasses
+import json
 import os
 import platform
 import re
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from cli import checks
 from cli.ask import ROOT
+from cli.checks import Finding, Unfit
 from cli.daemon import PluginCrashed, PluginError, RequestTimeout
 from cli.memory import memory_line, opened_memory
 from cli.plugin import plugin
 from cli.settings import add_settings, settings_from
 from engine.config import EngineConfig
-from engine.device import cuda_version, driver_cuda, installed_gpus, resolve
+from engine.device import Devices, cuda_version, driver_cuda, installed_gpus, resolve
 from engine.errors import DeviceUnavailable, EngineError
-from engine.storage import open_storage
 
 MODEL = "demo"
-PACKAGES = ("dify_plugin", "onnxruntime-gpu", "torch", "transformers", "diskcache", "numpy")
 CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")  # what int8 gains by
 
 # One white pixel: the smallest PNG that asks the whole way, from the form to the answer.
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC")
 
+Look = Callable[[], str | Iterable[Finding | str]]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:
     """A line per fact, or per replica; 1 when something keeps the engine from answering."""
-    failed = False
+    findings = []
+    for finding in _findings(args):
+        findings.append(finding)
+        if not args.json:
+            print(f"{finding.name:<12} {'' if finding.ok else 'PROBLEM: '}{finding.text}", flush=True)
+    ok = all(finding.ok for finding in findings)
+    if args.json:
+        print(json.dumps({"ok": ok, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
+    return int(not ok)
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     for name, look in _checks(args):
         try:
-            for line in look().splitlines():
-                print(f"{name:<12} {line}")
-        except (EngineError, PluginError, PluginCrashed, RequestTimeout, ImportError, OSError) as problem:
-            failed = True
-            print(f"{name:<12} PROBLEM: {problem}")
-    return int(failed)
+            found = look()
+            for one in found.splitlines() if isinstance(found, str) else found:
+                yield one if isinstance(one, Finding) else Finding(name, one)
+        except (EngineError, PluginError, PluginCrashed, RequestTimeout, Unfit, ImportError, OSError) as problem:
+            yield Finding(name, str(problem), ok=False)
 
 
-def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], str]]]:
-    yield "python", lambda: f"{platform.python_version()} ({sys.executable})"
-    yield "packages", _packages
+def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Look]]:
+    yield "python", checks.python
+    yield "packages", checks.packages
     yield "processor", _processor
     yield "memory", _memory
     yield "onnxruntime", _providers
     yield "gpu", _gpus
-    yield "device", lambda: _device(EngineConfig.from_mapping(settings_from(args)))
-    yield "storage", lambda: _storage(EngineConfig.from_mapping(settings_from(args)).storage)
-    yield "demo", lambda: _demo(settings_from(args))
-    yield "model", lambda: "\n".join(map(memory_line, opened_memory(settings_from(args), MODEL)))
+    yield "libraries", checks.libraries
+    try:
+        settings = settings_from(args)
+        config = EngineConfig.from_mapping(settings)
+    except EngineError as problem:  # nothing else can be said about settings that are none
+        yield "settings", _raise(problem)
+        return
+    yield "device", lambda: _device(config)
+    devices = _resolved(config)
+    yield "precision", lambda: checks.precision(config, devices)
+    yield "compiler", lambda: checks.compiler(config, devices)
+    yield "storage", lambda: checks.storage(config.storage)
+    yield "models", lambda: checks.models(config, devices)
+    yield "port", lambda: checks.port(config)
+    yield "demo", lambda: _demo(settings)
+    yield "model", lambda: "\n".join(map(memory_line, opened_memory(settings, MODEL)))
 
 
-def _packages() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+def _raise(problem: EngineError) -> Look:
+    def look() -> str:
+        raise problem
+
+    return look
 
 
 def _processor() -> str:
@@ -123,9 +150,12 @@ def _device(config: EngineConfig) -> str:
     return f"{config.device}: models run on the CPU" + (f", because {devices.reason}" if devices.reason else "")
 
 
-def _storage(folder: Path) -> str:
-    open_storage(folder)
-    return f"{folder}, writable, {shutil.disk_usage(folder).free >> 20} MiB free"
+def _resolved(config: EngineConfig) -> Devices:
+    """For what depends on it; where it cannot be had, `_device` has said so and the CPU stands in."""
+    try:
+        return resolve(config)
+    except EngineError:
+        return Devices()
 
 
 def _demo(credentials: dict[str, str]) -> str:

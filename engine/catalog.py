@@ -122,11 +122,14 @@ def known_models(storage: Path) -> dict[str, Path]:
 def find_checkpoint(name: str, storage: Path) -> Path:
     """The checkpoint folder of a model that is there. Raises UnknownModel, naming those. Cheap: every request asks.
 
-    `name` is a folder's under storage/models, that folder's path, a predefined model's or `owner/name[@revision]`.
+    `name` is a folder's under storage/models, any folder's absolute path, a predefined model's or
+    `owner/name[@revision]`.
     """
     if name in BUNDLED:
         return BUNDLED[name]
     known, wanted = known_models(storage), model_name(name, storage)
+    if (path := Path(wanted)).is_absolute() and path.is_dir():
+        return path
     if wanted not in known:
         raise UnknownModel(
             f"unknown model {name!r}; known models: {', '.join(sorted(known))}. "

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import httpx
 
-from engine.catalog import Repository, find_checkpoint, folder_name, models_folder, repository_of
+from engine.catalog import Repository, find_checkpoint, folder_name, models_folder
 from engine.checkpoints.checkpoint import INDEX, WEIGHTS, read_config
 from engine.config import EngineConfig
 from engine.errors import Cancelled, CheckpointError, DownloadFailed, StorageError, UnknownModel
 from engine.families import family_for
 from engine.files import replace_file
 from engine.hub.listing import RemoteFile, Snapshot, list_files, open_client
+from engine.hub.origin import require_repository
 from engine.hub.progress import ProgressFile, lock_file, partial_folder
 from engine.hub.transfer import PAUSE_S, RETRIES, fetch, part_name
 from engine.storage import storage_error
@@ -61,20 +62,6 @@ def download(name: str, config: EngineConfig, stop: threading.Event) -> Path:
     except OSError as error:
         raise storage_error(target, error) from error
     return target
-
-
-def require_repository(name: str, config: EngineConfig) -> Repository:
-    """Where a model that is not there would come from. Raises UnknownModel."""
-    repository = repository_of(name)
-    if repository is None:
-        find_checkpoint(name, config.storage)  # says which names are known
-        raise UnknownModel(f"{name!r} is no repository of a hub")
-    if config.hub_endpoint == "off":
-        raise UnknownModel(
-            f"{name} is not under {models_folder(config.storage)}, and downloads are off (hub_endpoint in the form);"
-            f" copy its Hugging Face folder there as {folder_name(name)}"
-        )
-    return repository
 
 
 @contextlib.contextmanager

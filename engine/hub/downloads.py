@@ -12,7 +12,8 @@ from pathlib import Path
 from engine.catalog import find_checkpoint, folder_name
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineStopped, ModelDownloading, UnknownModel
-from engine.hub.download import download, require_repository
+from engine.hub.download import download
+from engine.hub.origin import require_repository
 from engine.hub.progress import Progress, label, model_state
 
 CLOSE_S = 2.0  # for the threads to see that they are to stop; what they have fetched is on the disk anyway

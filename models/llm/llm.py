@@ -7,16 +7,19 @@ from contextlib import closing
 from typing import Any
 
 from dify_plugin import LargeLanguageModel
+from dify_plugin.entities.model import AIModelEntity
 from dify_plugin.entities.model.llm import LLMResult, LLMResultChunk, LLMResultChunkDelta
 from dify_plugin.entities.model.message import AssistantPromptMessage, PromptMessage, PromptMessageTool
 from dify_plugin.errors.model import CredentialsValidateFailedError, InvokeBadRequestError, InvokeError
 
+from engine.check import check
 from engine.client import shared_client
 from engine.errors import EngineError, EngineStopped, InvalidRequest
 from engine.request import Chunk, Event, Finished
 from models._errors import ERROR_MAPPING, as_invoke_error
 from models._request_log import RequestLog
 from models._settings import engine_config
+from models.llm.own import own_model_schema, require_own_model
 from models.llm.prompt import engine_messages, engine_request
 
 # `system_fingerprint` of the last chunk: where the answer came from.
@@ -91,12 +94,22 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
         except EngineError as error:
             raise as_invoke_error(error) from error
 
-    def validate_credentials(self, model: str, credentials: Mapping[str, Any]) -> None:  # noqa: ARG002 - see above
-        """Raises CredentialsValidateFailedError; the storage folder is the provider's to check."""
+    def validate_credentials(self, model: str, credentials: Mapping[str, Any]) -> None:
+        """Within seconds, whatever has to be downloaded later. Raises CredentialsValidateFailedError."""
         try:
-            engine_config(credentials)
+            config = engine_config(credentials)
+            check(config)
+            if model not in {predefined.model for predefined in self.predefined_models()}:
+                require_own_model(model, config)
         except EngineError as error:
             raise CredentialsValidateFailedError(str(error)) from error
+
+    def get_customizable_model_schema(self, model: str, credentials: Mapping[str, Any]) -> AIModelEntity | None:
+        """None for a model that is neither here nor on its way; the engine says so when it is asked for it."""
+        try:
+            return own_model_schema(model, engine_config(credentials), self.predefined_models()[0].parameter_rules)
+        except EngineError:
+            return None
 
     def _validate_and_filter_model_parameters(
         self, model: str, model_parameters: dict[str, Any], credentials: dict[str, Any]

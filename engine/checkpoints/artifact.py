@@ -82,10 +82,17 @@ class Artifact:
             checksum = xxhash.xxh3_64()
             for start in range(0, len(data), _HASH_BLOCK_BYTES):
                 checksum.update(data[start : start + _HASH_BLOCK_BYTES])
+                self._release(entry.offset + start)
             if len(data) != entry.nbytes or checksum.hexdigest() != entry.xxh3:
                 raise ArtifactError(f"{self.weights_path} is damaged: the checksum of {entry.name} does not hold")
-        # Sessions map what they need themselves; the pages read here stay in the system's cache, not in this process.
         self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _release(self, offset: int) -> None:
+        """Sessions map what they need themselves; pages read here stay in the system's cache, not in this process."""
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapping.madvise(
+            mmap.MADV_DONTNEED, start, min(_HASH_BLOCK_BYTES + mmap.PAGESIZE, len(self._data) - start)
+        )
 
 
 def write_manifest(file: Path, digest: str, spec: ModelSpec, precision: Precision, entries: list[TensorEntry]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.checkpoints.artifact import FORMAT_VERSION, MANIFEST, WEIGHTS, Artifact, TensorEntry, write_manifest
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.journal import Journal
 from engine.checkpoints.quantise import quantise_rows
 from engine.errors import ArtifactError, CheckpointError
 from engine.families import Weight
@@ -26,15 +27,22 @@ from engine.storage import storage_error
 _DTYPES: dict[Precision, FloatType] = {"int8": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _WIDER: dict[FloatType, str] = {"float16": "bf16 or int8", "bfloat16": "int8 or fp32"}
 ALIGNMENT = 64  # bytes: a cache line, and more than any kernel asks for
-_PARTIAL, _LOCK = ".partial", ".lock"
+_PARTIAL, _LOCK, _JOURNAL = ".partial", ".lock", "journal"
+
+OnProgress = Callable[[int, int], None]
+"""Called after each weight with the artifact's bytes so far and in all."""
 
 
-def open_artifact(checkpoint: Checkpoint, precision: Precision, storage: Path) -> Artifact:
+def open_artifact(
+    checkpoint: Checkpoint, precision: Precision, storage: Path, on_progress: OnProgress | None = None
+) -> Artifact:
     """The artifact of this checkpoint and precision, converted first unless a good one is in `storage`.
 
     A damaged artifact is removed and converted again. A second process waits for the first one's conversion instead
-    of repeating it. Raises StorageError when the folder cannot be written, CheckpointError when a file of the
-    checkpoint cannot be read, or one of its values is not finite or beyond the range of the precision's type.
+    of repeating it, and a conversion that was killed goes on with the weight it was at. It takes memory for the
+    largest tensor of the checkpoint and a few blocks. Raises StorageError when the folder cannot be written,
+    CheckpointError when a file of the checkpoint cannot be read, or one of its values is not finite or beyond the
+    range of the precision's type.
     """
     folder = storage / "artifacts" / f"{checkpoint.digest[:24]}-{precision}-v{FORMAT_VERSION}"
     digest = xxhash.xxh3_128_hexdigest(f"{checkpoint.digest} {precision} {FORMAT_VERSION}".encode())
@@ -45,7 +53,7 @@ def open_artifact(checkpoint: Checkpoint, precision: Precision, storage: Path) -
         with _locked(folder):
             with contextlib.suppress(ArtifactError):  # another process converted it while this one waited
                 return Artifact.load(folder, digest, checkpoint.spec, precision)
-            _convert(checkpoint, precision, folder, digest)
+            _convert(checkpoint, precision, folder, digest, on_progress)
     except OSError as error:
         raise storage_error(folder, error) from error
     return Artifact.load(folder, digest, checkpoint.spec, precision)
@@ -59,22 +67,24 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _convert(checkpoint: Checkpoint, precision: Precision, folder: Path, digest: str) -> None:
+def _convert(
+    checkpoint: Checkpoint, precision: Precision, folder: Path, digest: str, on_progress: OnProgress | None
+) -> None:
     """Write under a temporary name, flush, rename. The caller holds the lock, so this name's leftovers are dead."""
     partial = folder.with_name(f"{folder.name}{_PARTIAL}")
     _sweep(folder.parent)
-    for leftover in (partial, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir(mode=0o700)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.mkdir(mode=0o700, exist_ok=True)
     try:
-        entries = _write_weights(checkpoint, precision, partial / WEIGHTS)
+        entries = _write_weights(checkpoint, precision, partial, digest, on_progress)
+        (partial / _JOURNAL).unlink()
         write_manifest(partial / MANIFEST, digest, checkpoint.spec, precision, entries)
         for path in (partial / MANIFEST, partial):
             _flush(path)
         partial.rename(folder)
         _flush(folder.parent)
-    except BaseException:
+    except Exception:  # what fails would fail again; an interrupted conversion can go on
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -98,19 +108,33 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_weights(checkpoint: Checkpoint, precision: Precision, file: Path) -> list[TensorEntry]:
+def _write_weights(
+    checkpoint: Checkpoint, precision: Precision, partial: Path, digest: str, on_progress: OnProgress | None
+) -> list[TensorEntry]:
     weights = checkpoint.weights()
-    entries: list[TensorEntry] = []
-    with file.open("wb") as stream:
+    journal = Journal(partial / _JOURNAL, digest)
+    file = partial / WEIGHTS
+    file.touch()
+    with file.open("r+b") as stream:
         # Reserving all of it first turns a full disk into an error now instead of minutes later.
-        os.posix_fallocate(stream.fileno(), 0, sum(_size(weight, precision) for weight in weights))
+        total = sum(_size(weight, precision) for weight in weights)
+        os.posix_fallocate(stream.fileno(), 0, total)
+        entries = [entry for written in journal.recover(stream) for entry in written]
+        names = {entry.name for entry in entries}
+        stream.seek(max((entry.offset + entry.nbytes for entry in entries), default=0))
         for weight in weights:
+            if weight.name in names:
+                continue
             if precision == "int8" and weight.kind != "plain":
-                entries += _write_int8(stream, checkpoint, weight)
+                written = _write_int8(stream, checkpoint, weight)
             else:
-                entries.append(_write_float(stream, checkpoint, weight, _DTYPES[precision]))
+                written = [_write_float(stream, checkpoint, weight, _DTYPES[precision])]
+            stream.flush()
+            journal.add(written)
+            entries += written
+            if on_progress is not None:
+                on_progress(stream.tell(), total)
         stream.truncate()
-        stream.flush()
         os.fsync(stream.fileno())
     return entries
 

@@ -191,12 +191,72 @@ def test_a_conversion_killed_at_any_moment_leaves_no_artifact_and_the_next_one_c
 ) -> None:
     random.seed(5)
     for _ in range(4):
-        process = converting(saved, tmp_path)
+        process = converting(saved, tmp_path, pause=0.02)
         time.sleep(random.uniform(0, 0.12))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert all(name.endswith(".partial") for name in contents(tmp_path))
     artifact = open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+    assert contents(tmp_path) == [artifact.folder.name]
+
+
+def killed_half_way(checkpoint: Path, storage: Path) -> Path:
+    """The folder of a conversion that was killed after some weights."""
+    process = converting(checkpoint, storage, pause=0.01)
+    journal: list[Path] = []
+    while not journal or journal[0].read_text().count("\n") < 6:
+        journal = list((storage / "artifacts").glob("*.partial/journal"))
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return journal[0].parent
+
+
+@pytest.mark.parametrize("damage", ["none", "weights", "journal", "line", "digest"])
+def test_a_killed_conversion_goes_on_where_it_was_and_ends_the_same(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    checkpoint = Checkpoint.open(saved)
+    whole = open_artifact(checkpoint, "int8", tmp_path / "whole")
+    partial = killed_half_way(saved, tmp_path)
+    journal = partial / "journal"
+    lines = journal.read_text().splitlines()
+    if damage == "weights":  # lost by the system, of the second weight
+        with (partial / "weights.bin").open("r+b") as stream:
+            stream.seek(whole.entries[checkpoint.weights()[1].name].offset)
+            stream.write(b"\xaa\xbb\xcc\xdd")
+    elif damage == "journal":
+        journal.write_bytes(b"\xff\x00")
+    elif damage == "line":
+        journal.write_text("\n".join(lines[:4]) + '\n[{"name": "h')
+    elif damage == "digest":
+        journal.write_text("\n".join(['"another"', *lines[1:]]) + "\n")
+    converted: list[int] = []
+    again = open_artifact(checkpoint, "int8", tmp_path, lambda done, total: converted.append(done))
+    skipped = {"none": len(lines) - 1, "weights": 1, "journal": 0, "line": 3, "digest": 0}[damage]
+    assert len(converted) == len(checkpoint.weights()) - skipped
+    assert again.weights_path.read_bytes() == whole.weights_path.read_bytes()
+    assert again.entries == whole.entries
+    assert sorted(path.name for path in again.folder.iterdir()) == ["artifact.json", "weights.bin"]
+
+
+def test_an_interrupted_conversion_goes_on_too(saved: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(saved)
+    seen: list[tuple[int, int]] = []
+
+    def interrupt(done: int, total: int) -> None:
+        seen.append((done, total))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_artifact(checkpoint, "int8", tmp_path, interrupt)
+    assert all(name.endswith(".partial") for name in contents(tmp_path))
+    artifact = open_artifact(checkpoint, "int8", tmp_path, lambda done, total: seen.append((done, total)))
+    assert len(seen) == len(checkpoint.weights())
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] <= seen[-1][1]
     assert contents(tmp_path) == [artifact.folder.name]
 
 

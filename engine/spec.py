@@ -14,8 +14,9 @@ class RopeSpec:
     """Rotary embedding. `mrope_section` holds pairs per axis (temporal, height, width); empty for plain rotary.
 
     The axes' pairs lie behind each other, or one by one in turn if `mrope_interleaved`, the temporal axis at the end.
-    `inv_freq` (head_dim / 2 values) already includes the checkpoint's scaling rule (llama3, linear, ...), and
-    `attention_scale` multiplies cosine and sine.
+    `inv_freq` (a value for each pair that turns: half of head_dim, or fewer for heads of which only the first part
+    turns) already includes the checkpoint's scaling rule (llama3, linear, ...), and `attention_scale` multiplies cosine
+    and sine.
     """
 
     inv_freq: tuple[float, ...]
@@ -26,6 +27,46 @@ class RopeSpec:
     @property
     def axes(self) -> int:
         return len(self.mrope_section) or 1
+
+    @property
+    def width(self) -> int:
+        """Values of a head that turn."""
+        return 2 * len(self.inv_freq)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNetSpec:
+    """Gated DeltaNet (Yang et al. 2025) in place of attention in `layers` of a decoder.
+
+    What such a layer keeps of a sequence, however long that is: a matrix [key_dim, value_dim] for each value head, and
+    the last kernel - 1 inputs of the causal convolution that queries, keys and values pass.
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int  # of queries as well
+    value_heads: int  # a multiple of key_heads
+    key_dim: int
+    value_dim: int
+    kernel: int  # tokens
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def conv_width(self) -> int:
+        """Queries, keys and values side by side."""
+        return 2 * self.key_width + self.value_width
+
+    @property
+    def state_bytes(self) -> int:
+        """What all layers keep of a sequence, in fp32."""
+        layer = self.value_heads * self.key_dim * self.value_dim + (self.kernel - 1) * self.conv_width
+        return 4 * len(self.layers) * layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +103,8 @@ class DecoderSpec:
     sliding: SlidingSpec | None = None
     mutual_images: bool = False  # an image's tokens attend to each other in both directions
     logit_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: they stay
+    attention_gate: bool = False  # a head's queries bring a gate along: its output is multiplied by the gate's sigmoid
+    delta_net: DeltaNetSpec | None = None
 
     @property
     def feature_width(self) -> int:
@@ -78,9 +121,15 @@ class DecoderSpec:
         return self.sliding.window if self.sliding and self.sliding.layers[layer] else 0
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Those that have a KV cache."""
+        linear = self.delta_net.layers if self.delta_net else ()
+        return tuple(layer for layer in range(self.layers) if layer not in linear)
+
+    @property
     def kv_values_per_token(self) -> int:
-        """Keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        """Keys and values of all layers that have them."""
+        return 2 * len(self.attention_layers) * self.kv_heads * self.head_dim
 
     @property
     def kv_bytes_per_token(self) -> int:

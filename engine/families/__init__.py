@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families import gemma3, llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl, smolvlm
+from engine.families import gemma3, llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_5, qwen3_vl, smolvlm
 from engine.families.family import CheckpointConfig, Family, Weight
 
 __all__ = ["FAMILIES", "CheckpointConfig", "Family", "Weight", "family_for"]
@@ -16,9 +16,11 @@ FAMILIES: tuple[Family, ...] = (
     qwen2_vl.FAMILY,
     qwen2_5_vl.FAMILY,
     qwen3_vl.FAMILY,
+    qwen3_5.FAMILY,
     llama.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
+    qwen3_5.TEXT_FAMILY,
     gemma3.TEXT_FAMILY,
 )
 

@@ -27,6 +27,7 @@ class DecoderDefaults:
     qkv_bias: bool = False
     qk_norm: bool = False
     mrope: MRope | None = None
+    partial_rotary: float = 1.0  # share of a head that turns
 
 
 def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> DecoderSpec:
@@ -53,7 +54,13 @@ def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> Dec
         intermediate=text.integer("intermediate_size", defaults.intermediate),
         vocab=text.integer("vocab_size", defaults.vocab),
         norm_eps=text.number("rms_norm_eps", defaults.norm_eps),
-        rope=read_rope(text, head_dim, theta=defaults.theta, context_length=context_length, mrope=defaults.mrope),
+        rope=read_rope(
+            *(text, head_dim),
+            theta=defaults.theta,
+            context_length=context_length,
+            mrope=defaults.mrope,
+            partial=defaults.partial_rotary,
+        ),
         context_length=context_length,
         qkv_bias=defaults.qkv_bias or attention_bias,
         attention_out_bias=attention_bias,

@@ -9,14 +9,22 @@ import numpy as np
 import onnx_ir as ir
 
 from engine.graphs.builder import GraphBuilder
-from engine.graphs.dialect import DecoderAttention, DecoderLayers, Residual
+from engine.graphs.dialect import DecoderAttention, DecoderLayers, LinearAttention, Residual
 from engine.spec import DecoderSpec, ModelSpec
 
 
 def decoder_graph(
-    layers: DecoderLayers, attention: DecoderAttention, spec: DecoderSpec, x: ir.Value, rows: ir.Value
+    layers: DecoderLayers,
+    attention: DecoderAttention,
+    spec: DecoderSpec,
+    x: ir.Value,
+    rows: ir.Value,
+    linear_attention: LinearAttention | None = None,
 ) -> ir.Value:
-    """Logits [R, vocab] of the tokens at `rows` [R], from the embedded tokens and image features x [T, hidden]."""
+    """Logits [R, vocab] of the tokens at `rows` [R], from the embedded tokens and image features x [T, hidden].
+
+    `linear_attention` is there if the decoder has such layers.
+    """
 
     def output_norm(part: str) -> str | None:
         return f"{part}_output_norm" if spec.output_norms else None
@@ -24,8 +32,14 @@ def decoder_graph(
     residual = Residual(x)
     for layer in range(spec.layers):
         name = f"layers.{layer}"
-        qkv = layers.norm_linear(residual, f"{name}.attention_norm", f"{name}.qkv")
-        layers.linear_add(attention.attend(qkv, layer), f"{name}.out", residual, output_norm(f"{name}.attention"))
+        norm = f"{name}.attention_norm"
+        if spec.delta_net is not None and layer in spec.delta_net.layers:
+            assert linear_attention is not None, "This is a bug: a dialect without linear attention."
+            gates = layers.norm_linear(residual, norm, f"{name}.gates")
+            mixed = linear_attention.mix(layers.norm_linear(residual, norm, f"{name}.qkvz"), gates, layer)
+        else:
+            mixed = attention.attend(layers.norm_linear(residual, norm, f"{name}.qkv"), layer)
+        layers.linear_add(mixed, f"{name}.out", residual, output_norm(f"{name}.attention"))
         mlp = layers.norm_gate(residual, f"{name}.mlp_norm", f"{name}.gate_up")
         layers.linear_add(mlp, f"{name}.down", residual, output_norm(f"{name}.mlp"))
         if layer < spec.deepstack:

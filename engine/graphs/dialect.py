@@ -58,6 +58,20 @@ class DecoderAttention(Protocol):
         ...
 
 
+class LinearAttention(Protocol):
+    def mix(self, qkvz: ir.Value, gates: ir.Value, layer: int) -> ir.Value:
+        """Gated DeltaNet: take the tokens into the state of `layer`, and give what each reads from it.
+
+        Queries, keys, values and output gate side by side, [T, conv_width + value_width], and what makes decay and
+        update rate, [T, 2 * value_heads], to [T, value_width].
+        """
+        ...
+
+    def output_state(self) -> None:
+        """Declare the states as outputs, after the logits."""
+        ...
+
+
 class TowerDialect(Protocol):
     """What a vision tower is made of."""
 

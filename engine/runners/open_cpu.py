@@ -40,7 +40,7 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
             weight_bytes=artifact.weight_bytes,
             kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
         ),
-        scheduler=Scheduler(KVCache(decoder, blocks), limits),
+        scheduler=Scheduler(KVCache(decoder, blocks, reuse=spec.decoder.delta_net is None), limits),
         context_length=context_length,
     )
 

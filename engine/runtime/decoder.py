@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ from engine.graphs.cpu import cpu_decoder
 from engine.runtime.kv_memory import KVMemory
 from engine.runtime.row_binding import RowBinding
 from engine.runtime.session import open_session
+from engine.runtime.state_memory import StateMemory
 
 Logits = bool | Literal["all"]
 _BINDINGS = 256
@@ -25,6 +28,9 @@ class Decoder:
     One thread at a time, but for `prefill` of rows that were announced. A row's logits do not depend, to the bit, on
     the rows beside it, on how its prompt was cut into chunks, or on whether its KV was computed or put back by
     `write_kv`; a token computed by `decode` differs in the last bits from the same token computed by `prefill`.
+
+    With linear attention a row has a state as well, which is that after its last token and no other: what was put back
+    by `write_kv` goes on from where `read_state` was called, once `write_state` has put that back.
     """
 
     def __init__(self, artifact: Artifact, *, rows: int, context_length: int, threads: int) -> None:
@@ -33,6 +39,10 @@ class Decoder:
         self.spec = artifact.spec.decoder
         # One place more, which is where a full row that does not decode lets others' calls write.
         self._memory = KVMemory(self.spec, rows, context_length + 1)
+        delta_net = self.spec.delta_net
+        self._states = StateMemory(delta_net, rows) if delta_net else None
+        # A call writes the states of all its rows, of those between too, though as they were: one call at a time.
+        self._alone = threading.Lock() if delta_net else nullcontext()
         self._session = open_session(cpu_decoder(artifact, self._memory.capacity), artifact, threads)
         self._lengths = np.zeros(rows, np.int32)
         self._prefills: dict[int, RowBinding] = {}
@@ -80,17 +90,21 @@ class Decoder:
         self.announce(row, start + count)
         binding = self._prefills.get(row)
         if binding is None:
-            binding = self._prefills[row] = RowBinding(self._session, self.spec, self._memory, row, 1)
+            binding = self._prefills[row] = RowBinding(self._session, self.spec, self._memory, self._states, row, 1)
         binding.prefill(
             ids[given],
             replaced,
             np.ascontiguousarray(features[feature_index[replaced]], np.float32),
             np.take(positions, given, axis=1),
             start + len(given) - 1,
+            count,
             # A single token sees everything before it either way, and its repetition must not be seen.
             is_image=self.spec.mutual_images and len(replaced) == count > 1,
         )
-        result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
+        with self._alone:
+            if self._states is not None and start == 0:
+                self._states.clear(row)
+            result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
         return result if logits else result[:0]
 
     def decode(
@@ -113,7 +127,8 @@ class Decoder:
         binding = self._decode_binding(first, count)
         self._lengths[chosen] = lengths.astype(np.int32)  # numpy lets go of the interpreter to convert on the way
         binding.decode(places, token_ids, positions, self._lengths[first : first + count])
-        result = binding.logits(places)
+        with self._alone:
+            result = binding.logits(places)
         self._lengths[chosen] += 1
         return result
 
@@ -129,16 +144,27 @@ class Decoder:
         self._memory.write(row, start, kv)
         self._lengths[row] = stop
 
+    def read_state(self, row: int) -> NDArray[np.float32]:
+        """A copy of what linear attention keeps of the row's tokens, one axis; empty for a decoder without it."""
+        return self._states.read(row) if self._states else np.empty(0, np.float32)
+
+    def write_state(self, row: int, state: NDArray[np.float32]) -> None:
+        """Put back what `read_state` gave, beside the KV of as many tokens as there were then."""
+        if self._states is not None:
+            self._states.write(row, state)
+
     def release(self, row: int) -> None:
         """Empty the row and give its memory back, unless it is too little to be worth the system calls."""
         if int(self._lengths[row]) * self.spec.kv_bytes_per_token > _KEPT_BYTES:
             self._memory.release(row)
+        if self._states is not None and self._states.row_bytes > _KEPT_BYTES:
+            self._states.release(row)
         self._lengths[row] = 0
 
     def _decode_binding(self, first: int, count: int) -> RowBinding:
         binding = self._decodes.pop((first, count), None)
         if binding is None:
-            binding = RowBinding(self._session, self.spec, self._memory, first, count)
+            binding = RowBinding(self._session, self.spec, self._memory, self._states, first, count)
             if len(self._decodes) >= _BINDINGS:
                 del self._decodes[next(iter(self._decodes))]
         self._decodes[first, count] = binding  # last in order of use

@@ -6,9 +6,10 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from engine.graphs.cpu import DecoderInputs
+from engine.graphs.cpu import DecoderInputs, DeltaNetInputs
 from engine.runtime.kv_memory import KVMemory
 from engine.runtime.session import Binding
+from engine.runtime.state_memory import PARTS, StateMemory
 from engine.spec import DecoderSpec
 
 
@@ -18,15 +19,34 @@ class RowBinding(Binding):
     What a decode step needs is kept in arrays that stay bound, because binding costs more than filling them.
     """
 
-    def __init__(self, session: ort.InferenceSession, spec: DecoderSpec, memory: KVMemory, first: int, count: int):
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        spec: DecoderSpec,
+        memory: KVMemory,
+        states: StateMemory | None,
+        first: int,
+        count: int,
+    ):
+        """`states` are there if the decoder has linear attention."""
         super().__init__(session)
         self._vocab = spec.vocab
         self._three_axis = spec.rope.axes == 3
-        for layer in range(spec.layers):
+        for place, layer in enumerate(spec.attention_layers):
             for part, name in enumerate(("key", "value")):
-                slab = memory.view(layer, part, first, count)
+                slab = memory.view(place, part, first, count)
                 self.input(DecoderInputs.past(name, layer), slab)
                 self.output(DecoderInputs.present(name, layer), slab)
+        self._kept = np.zeros(0, np.int64)
+        if spec.delta_net is not None and states is not None:
+            self._kept = np.arange(spec.delta_net.kernel - 1)
+            for place, layer in enumerate(spec.delta_net.layers):
+                for part, name in enumerate(PARTS):
+                    slab = states.view(place, part, first, count)
+                    self.input(DeltaNetInputs.past(name, layer), slab)
+                    self.output(DeltaNetInputs.present(name, layer), slab)
+        self._real = np.zeros((count, 1, 1), np.float32)
+        self._window_rows = np.zeros((count, len(self._kept), 1), np.int64)
         self._ids = np.zeros(count, np.int64)
         self._last = np.zeros(count, np.int32)
         self._longest = np.zeros((), np.int32)
@@ -49,12 +69,14 @@ class RowBinding(Binding):
         feature_values: NDArray[np.float32],
         positions: NDArray[np.int64],
         last: int,
+        real: int,
         *,
         is_image: bool = False,
     ) -> None:
         """Neighbouring tokens [T] of the one row; `last` is the place of the last of them.
 
-        `is_image`: they are an image's, of a model whose images attend both ways.
+        Those from `real` on are there to make the call longer, and go into no state. `is_image`: they are an image's,
+        of a model whose images attend both ways.
         """
         self.input(DecoderInputs.IDS, token_ids)
         self.input(DecoderInputs.FEATURE_ROWS, feature_rows[:, None])
@@ -66,6 +88,9 @@ class RowBinding(Binding):
             self._bind_image(last + 1 - len(token_ids), last + 1)
         elif self._mutual_images:
             self._bind_text()
+        if len(self._kept):
+            self.input(DeltaNetInputs.REAL, (np.arange(len(token_ids)) < real).astype(np.float32)[None, :, None])
+            self.input(DeltaNetInputs.WINDOW_ROWS, (self._kept + real)[None, :, None])
         self._place(np.array([last], np.int32))
 
     def _bind_text(self) -> None:
@@ -95,6 +120,13 @@ class RowBinding(Binding):
         if self._three_axis:
             self._positions[:, places, 0] = positions
             self.input(DecoderInputs.POSITIONS, self._positions)
+        if len(self._kept):  # rows between those that decode keep their states
+            self._real[:] = 0
+            self._real[places] = 1
+            self._window_rows[:, :, 0] = self._kept
+            self._window_rows[places] += 1
+            self.input(DeltaNetInputs.REAL, self._real)
+            self.input(DeltaNetInputs.WINDOW_ROWS, self._window_rows)
         self._place(lengths)
 
     def _place(self, last: NDArray[np.int32]) -> None:

@@ -15,6 +15,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3VLConfig,
     SmolVLMConfig,
@@ -23,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.errors import CheckpointError
 from engine.families import FAMILIES, CheckpointConfig, family_for
-from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
+from engine.spec import DeltaNetSpec, ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
 from tests.runtime import models
 
 TEXT_FIELDS = {
@@ -59,6 +61,8 @@ def written(config: PreTrainedConfig) -> dict[str, Any]:
         Qwen2_5_VLConfig,
         Qwen3Config,
         Qwen3VLConfig,
+        Qwen3_5Config,
+        Qwen3_5TextConfig,
     ],
 )
 def test_a_field_left_out_means_what_transformers_means(config_class: type[PreTrainedConfig]) -> None:
@@ -68,10 +72,30 @@ def test_a_field_left_out_means_what_transformers_means(config_class: type[PreTr
     for ours, theirs in TEXT_FIELDS.items():
         assert getattr(spec.decoder, ours) == getattr(text, theirs), ours
     assert spec.decoder.qkv_bias == (config_class in (Qwen2Config, Qwen2VLConfig, Qwen2_5_VLConfig))
-    assert spec.decoder.qk_norm == (config_class in (Qwen3Config, Qwen3VLConfig))
+    assert spec.decoder.qk_norm == (config_class in (Qwen3Config, Qwen3VLConfig, Qwen3_5Config, Qwen3_5TextConfig))
     assert spec.decoder.head_dim == getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     theta = text.rope_parameters["rope_theta"]
-    assert spec.decoder.rope.inv_freq[1] == pytest.approx(theta ** (-2 / spec.decoder.head_dim), rel=1e-6)
+    width = spec.decoder.head_dim * text.rope_parameters.get("partial_rotary_factor", 1)
+    assert spec.decoder.rope.width == width
+    assert spec.decoder.rope.inv_freq[1] == pytest.approx(theta ** (-2 / width), rel=1e-6)
+
+
+@pytest.mark.parametrize("config_class", [Qwen3_5Config, Qwen3_5TextConfig])
+def test_linear_attention_left_out_means_what_transformers_means(config_class: type[PreTrainedConfig]) -> None:
+    text: Any = config_class().get_text_config()
+    decoder = read({"model_type": config_class.model_type}).decoder
+    assert decoder.delta_net is not None
+    assert decoder.delta_net == DeltaNetSpec(
+        layers=tuple(layer for layer, kind in enumerate(text.layer_types) if kind == "linear_attention"),
+        key_heads=text.linear_num_key_heads,
+        value_heads=text.linear_num_value_heads,
+        key_dim=text.linear_key_head_dim,
+        value_dim=text.linear_value_head_dim,
+        kernel=text.linear_conv_kernel_dim,
+    )
+    assert decoder.attention_layers == (3, 7, 11, 15, 19, 23, 27, 31)
+    assert decoder.kv_values_per_token == 2 * 8 * 4 * 256
+    assert decoder.delta_net.state_bytes == 4 * 24 * (32 * 128 * 128 + 3 * 8192)
 
 
 def test_siglip_fields_left_out_mean_what_transformers_means() -> None:
@@ -221,7 +245,7 @@ def test_pixels_are_normalised_as_the_preprocessor_configuration_says() -> None:
     [
         (
             {"model_type": "mamba"},
-            "runs gemma3_text, idefics3, llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl, smolvlm",
+            "model_type 'mamba'; this engine runs ",
         ),
         ({}, "model_type None"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be one of silu"),
@@ -235,6 +259,10 @@ def test_pixels_are_normalised_as_the_preprocessor_configuration_says() -> None:
         ({"model_type": "llama", "rope_parameters": 3}, "rope_parameters is 3; it must be an object"),
         ({"model_type": "llama", "eos_token_id": "end"}, "eos_token_id"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding window"),
+        ({"model_type": "qwen3_5_text", "layer_types": ["full_attention"] * 32}, "layer_types"),
+        ({"model_type": "qwen3_5_text", "linear_num_value_heads": 24}, "is 24, which 16 does not divide"),
+        ({"model_type": "qwen3_5_text", "rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor"),
+        ({"model_type": "qwen3_5_text", "rope_parameters": {"mrope_section": [8, 8, 8]}}, "a head that turns, 32"),
         ({"model_type": "smolvlm", "text_config": {"model_type": "phi"}}, "text_config.model_type is 'phi'"),
         ({"model_type": "smolvlm", "scale_factor": 5}, "scale_factor 5 does not divide the 7 patches"),
         ({"model_type": "smolvlm", "vision_config": {"num_channels": 1}}, "vision_config.num_channels is 1"),

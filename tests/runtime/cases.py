@@ -74,15 +74,17 @@ def make_case(model: PreTrainedModel, spec: ModelSpec, images: list[Picture], le
     index = np.full(length, -1)
     is_image = token_ids == IMAGE_TOKEN
     index[is_image] = np.arange(is_image.sum())
-    inputs = _reference_inputs(spec, images, token_ids)
+    inputs = _reference_inputs(model, spec, images, token_ids)
     positions, features = np.arange(length)[None], np.zeros((0, spec.decoder.feature_width), np.float32)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(token_ids)[None], **inputs).logits[0].numpy()
         if images:
             features = _reference_features(model, inputs)
-        if spec.decoder.rope.axes == 3:
+        if spec.decoder.rope.axes == 3 and _has_tower(model):
             text = {name: value for name, value in inputs.items() if name != "pixel_values"}
             positions = model.model.get_rope_index(torch.tensor(token_ids)[None], **text)[0][:, 0].numpy()
+        elif spec.decoder.rope.axes == 3:
+            positions = np.tile(positions, (3, 1))
     return Case(token_ids, positions, index, images, features, logits)
 
 
@@ -94,11 +96,17 @@ def logits_at(model: PreTrainedModel, token_ids: NDArray[Any], positions: NDArra
     return logits
 
 
-def _reference_inputs(spec: ModelSpec, images: list[Picture], token_ids: NDArray[np.int64]) -> dict[str, Any]:
+def _has_tower(model: PreTrainedModel) -> bool:
+    return hasattr(model.model, "get_rope_index")
+
+
+def _reference_inputs(
+    model: PreTrainedModel, spec: ModelSpec, images: list[Picture], token_ids: NDArray[np.int64]
+) -> dict[str, Any]:
     three_axis = spec.decoder.rope.axes == 3
     types = torch.tensor((token_ids == IMAGE_TOKEN).astype(np.int64))[None]
     if not images:
-        return {"mm_token_type_ids": types} if three_axis else {}
+        return {"mm_token_type_ids": types} if three_axis and _has_tower(model) else {}
     assert spec.vision is not None
     if isinstance(spec.vision, SiglipSpec):
         pixels = np.concatenate([image.pixels for image in images])
@@ -151,6 +159,15 @@ def decode(decoder: Decoder, steps: Sequence[tuple[int, Case, int]]) -> NDArray[
         np.stack([case.positions[:, length] for _, case, length in steps], axis=1),
         np.array([length for _, _, length in steps]),
     )
+
+
+def decode_again(decoder: Decoder, steps: Sequence[tuple[int, Case, int]]) -> NDArray[np.float32]:
+    """`decode`, after which the rows' states are as before, so that the same step can be asked for once more."""
+    states = [(row, decoder.read_state(row)) for row, _, _ in steps]
+    logits = decode(decoder, steps)
+    for row, state in states:
+        decoder.write_state(row, state)
+    return logits
 
 
 def relative_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

@@ -28,6 +28,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": models.qwen3,
     "qwen3_vl": models.qwen3_vl,
     "gemma3_text": models.gemma3_text,
+    "qwen3_5": models.qwen3_5,
+    "qwen3_5_text": lambda: models.qwen3_5_text(linear_num_value_heads=2, tie_word_embeddings=True),
 }
 # Split and unsplit tiles; grids of several sizes, two of them alike.
 SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -40,6 +42,8 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "qwen3": [],
     "qwen3_vl": [(6, 10), (2, 2), (4, 6), (2, 12)],
     "gemma3_text": [],
+    "qwen3_5": [(6, 10), (2, 2), (4, 6), (2, 12)],
+    "qwen3_5_text": [],
 }
 ROWS, CONTEXT, PROMPT, STEPS = 6, 160, 113, 32
 
@@ -93,12 +97,12 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_text"])
 def tiny_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Three rotary positions per token."""
     return make_tiny(request.param, tmp_path_factory)

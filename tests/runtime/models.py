@@ -20,6 +20,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -166,6 +170,37 @@ def _gemma3(**changes: Any) -> dict[str, Any]:
         "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
     }
     return _text(head_dim=32, query_pre_attn_scalar=24, sliding_window=12, rope_parameters=rope, **changes)
+
+
+def _qwen3_5_text(**changes: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0}
+    small = {
+        "head_dim": 32,
+        "num_hidden_layers": 5,  # after the layer of full attention, a linear one again
+        "rope_parameters": rope | {"partial_rotary_factor": 0.25},
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+    }
+    return _text(**small | changes)
+
+
+def qwen3_5_text(**changes: Any) -> PreTrainedModel:
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_qwen3_5_text(**changes)))  # type: ignore[no-untyped-call]
+
+
+def qwen3_5(**text: Any) -> PreTrainedModel:
+    tower = {"depth": 2, "hidden_size": 72, "intermediate_size": 80, "num_heads": 3, "patch_size": 4}
+    config = Qwen3_5Config(
+        text_config=_qwen3_5_text(**text),
+        vision_config=tower | {"out_hidden_size": 64, "num_position_embeddings": 49},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=98,
+        vision_start_token_id=95,
+        vision_end_token_id=96,
+    )
+    return Qwen3_5ForConditionalGeneration(config)  # type: ignore[no-untyped-call]
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from engine.checkpoints import Checkpoint, open_artifact
 from engine.runtime import Decoder
 from engine.spec import Precision
 from tests.runtime import models
-from tests.runtime.cases import decode, make_case, pictures, prefill, relative_error
+from tests.runtime.cases import decode, decode_again, make_case, pictures, prefill, relative_error
 from tests.runtime.conftest import CONTEXT, PROMPT, ROWS, Tiny
 
 both_precisions = pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -23,10 +23,11 @@ both_precisions = pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_any_chunking_gives_the_same_logits_and_kv(tiny: Tiny, precision: Precision) -> None:
     case, decoder = tiny.case, tiny.decoder(precision)
     whole = prefill(decoder, 0, case, 0, PROMPT)
-    kv = decoder.read_kv(0, 0, PROMPT)
+    kv, state = decoder.read_kv(0, 0, PROMPT), decoder.read_state(0)
     for chunk in (1, 2, 5, 16, 33, 64, 97, 112):
         assert np.array_equal(prefill(decoder, 1, case, 0, PROMPT, chunk), whole), chunk
         assert np.array_equal(decoder.read_kv(1, 0, PROMPT), kv), chunk
+        assert np.array_equal(decoder.read_state(1), state), chunk
 
 
 @both_precisions
@@ -53,9 +54,9 @@ def test_a_row_decodes_alone_as_in_a_batch_of_any_size_and_order(tiny: Tiny, pre
     lengths = (3, 20, 64, 65, 90, PROMPT)
     for row, length in enumerate(lengths):
         prefill(decoder, row, case, 0, length)
-    alone = [decode(decoder, [(row, case, length)])[0] for row, length in enumerate(lengths)]
+    alone = [decode_again(decoder, [(row, case, length)])[0] for row, length in enumerate(lengths)]
     for members in ((0, 1), (5, 3), (1, 2, 4), (4, 0, 2, 5), (5, 4, 3, 2, 1, 0)):
-        together = decode(decoder, [(row, case, lengths[row]) for row in members])
+        together = decode_again(decoder, [(row, case, lengths[row]) for row in members])
         for row, logits in zip(members, together, strict=True):
             assert np.array_equal(logits, alone[row]), (members, row)
 
@@ -68,7 +69,7 @@ def test_prompts_computed_beside_decode_steps_change_nothing(tiny: Tiny, precisi
     steady = [(row, case, PROMPT - 1) for row in (0, 2, 4)]
     for row, _, length in steady:
         prefill(decoder, row, case, 0, length)
-    alone = decode(decoder, steady)
+    alone = decode_again(decoder, steady)
     with ThreadPoolExecutor(2) as pool:
         for chunk in (7, 32, 1) * 2:
             parts: dict[int, list[NDArray[np.float32]]] = {1: [], 3: []}
@@ -77,12 +78,13 @@ def test_prompts_computed_beside_decode_steps_change_nothing(tiny: Tiny, precisi
                 for row in parts:
                     decoder.announce(row, stop)
                 beside = {row: pool.submit(prefill, decoder, row, case, start, stop) for row in parts}
-                assert np.array_equal(decode(decoder, steady), alone), (chunk, start)
+                assert np.array_equal(decode_again(decoder, steady), alone), (chunk, start)
                 for row, part in beside.items():
                     parts[row].append(part.result())
             for row, chunks in parts.items():
                 assert np.array_equal(np.concatenate(chunks), whole), (chunk, row)
                 assert np.array_equal(decoder.read_kv(row, 0, PROMPT), decoder.read_kv(5, 0, PROMPT)), (chunk, row)
+                assert np.array_equal(decoder.read_state(row), decoder.read_state(5)), (chunk, row)
 
 
 @both_precisions
@@ -91,7 +93,9 @@ def test_a_restored_prefix_continues_as_a_computed_one(tiny: Tiny, precision: Pr
     whole = prefill(decoder, 0, case, 0, PROMPT)
     for length in (1, 16, 64, PROMPT - 1):
         decoder.release(4)
+        prefill(decoder, 5, case, 0, length)
         decoder.write_kv(4, 0, decoder.read_kv(0, 0, length))
+        decoder.write_state(4, decoder.read_state(5))
         assert np.array_equal(prefill(decoder, 4, case, length, PROMPT), whole[length:]), length
     assert np.array_equal(decode(decoder, [(4, case, PROMPT)]), decode(decoder, [(0, case, PROMPT)]))
 

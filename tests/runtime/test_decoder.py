@@ -9,7 +9,7 @@ import pytest
 from engine.errors import InvalidConfig
 from engine.runtime import Decoder, Encoder
 from engine.runtime.kv_memory import KVMemory
-from tests.runtime.cases import decode, prefill
+from tests.runtime.cases import decode, decode_again, prefill
 from tests.runtime.conftest import CONTEXT, Tiny
 
 
@@ -29,7 +29,7 @@ def test_a_row_can_be_filled_to_the_last_place_and_others_go_on(tiny_vlm: Tiny) 
         prefill(decoder, row, short, 0, 10)
     decode(decoder, [(1, long, CONTEXT - 1)])
     full = decoder.read_kv(1, 0, CONTEXT)
-    alone = decode(decoder, [(0, short, 10)])
+    alone = decode_again(decoder, [(0, short, 10)])
     # Row 1 is full and lies between the decoding rows.
     together = decode(decoder, [(0, short, 10), (2, short, 10)])
     assert np.array_equal(together, np.concatenate([alone, alone]))
@@ -71,7 +71,7 @@ def test_memory_is_committed_as_written_and_given_back_on_release(tiny_vlm: Tiny
     memory = KVMemory(spec, rows=64, tokens=100_000)
     assert 64 * 100_000 * spec.kv_bytes_per_token > 2**31, "large enough to be missed if it were committed"
     assert process.memory_info().rss - before < 16 * 2**20
-    kv = np.ones((spec.layers, 2, spec.kv_heads, 50_000, spec.head_dim), np.float32)
+    kv = np.ones((len(spec.attention_layers), 2, spec.kv_heads, 50_000, spec.head_dim), np.float32)
     used = process.memory_info().rss
     memory.write(7, 0, kv)
     assert process.memory_info().rss - used > kv.nbytes // 2

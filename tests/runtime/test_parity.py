@@ -70,6 +70,7 @@ def test_a_prefix_put_back_from_another_row_continues_as_the_reference(tiny: Tin
     prefill(decoder, 0, case, 0, 64)
     decoder.write_kv(3, 0, decoder.read_kv(0, 0, 32))
     decoder.write_kv(3, 32, decoder.read_kv(0, 32, 64))
+    decoder.write_state(3, decoder.read_state(0))
     assert relative_error(prefill(decoder, 3, case, 64, PROMPT), case.logits[64:PROMPT]) < TOLERANCE
     assert relative_error(decode(decoder, [(3, case, PROMPT)]), case.logits[PROMPT : PROMPT + 1]) < TOLERANCE
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT, GraphBuilder
+from engine.graphs.cpu.delta_net import CpuDeltaNet
 from engine.graphs.cpu.linear import linears
 from engine.graphs.decoder import decoder_graph, scaled_embedding, softcapped
 from engine.graphs.dialect import Residual
@@ -53,9 +54,12 @@ def cpu_decoder(artifact: Artifact, capacity: int) -> bytes:
     rows = builder.input(DecoderInputs.LOGITS_ROWS, np.int64, ["R"])
     layers = CpuDecoderLayers(builder, artifact, feature_rows, feature_values)
     attention = CpuDecoderAttention(builder, spec, capacity)
-    logits = decoder_graph(layers, attention, spec, layers.tokens(token_ids), rows)
+    delta_net = CpuDeltaNet(builder, spec.delta_net, spec.norm_eps, attention.shape) if spec.delta_net else None
+    logits = decoder_graph(layers, attention, spec, layers.tokens(token_ids), rows, delta_net)
     builder.output(logits, DecoderInputs.LOGITS, np.float32)
     attention.output_cache()
+    if delta_net is not None:
+        delta_net.output_state()
     return builder.serialise()
 
 
@@ -125,10 +129,12 @@ class CpuDecoderAttention:
         self._builder = builder
         self._spec = spec
         self._capacity = capacity
-        self._shape = builder.input(DecoderInputs.SHAPE, np.int64, [3])
+        self.shape = builder.input(DecoderInputs.SHAPE, np.int64, [3])
         self._last = builder.input(DecoderInputs.LAST, np.int32, ["B"])
         self._longest = builder.input(DecoderInputs.LONGEST, np.int32, [])
         rope = spec.rope
+        # Where only a part of a head turns, the rest must be scaled as well: then queries are, all of it.
+        self._turns_whole = rope.width == spec.head_dim
         self._positions = builder.input(DecoderInputs.POSITIONS, np.int64, [3, "B", "S"]) if rope.axes == 3 else None
         self._rotary = self._scaled_tables(rope, "rotary")
         if spec.sliding:
@@ -146,7 +152,8 @@ class CpuDecoderAttention:
 
         With any other factor MLAS does not take its kernel for a single query, and transposes all keys instead.
         """
-        scaled = replace(rope, attention_scale=rope.attention_scale * self._spec.score_scale**0.5)
+        factor = self._spec.score_scale**0.5 if self._turns_whole else 1.0
+        scaled = replace(rope, attention_scale=rope.attention_scale * factor)
         return rotary_tables(self._builder, scaled, self._capacity, np.float32, name)
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
@@ -154,7 +161,8 @@ class CpuDecoderAttention:
         shape = ("B", spec.kv_heads, self._capacity, spec.head_dim)
         parts = ("key", "value")
         past = [builder.input(DecoderInputs.past(part, layer), np.float32, shape) for part in parts]
-        packed = builder.op("Reshape", qkv, self._shape)
+        packed = builder.op("Reshape", qkv, self.shape)
+        packed, gate = self._without_gate(packed) if spec.attention_gate else (packed, None)
         inputs = (*self._query_key_value(packed, f"layers.{layer}"), *past, self._last, self._longest)
         window = spec.window(layer)
         rotary: tuple[ir.Value | None, ...] = self._sliding_rotary if window else self._rotary
@@ -174,7 +182,8 @@ class CpuDecoderAttention:
         attended = builder.choose(self._is_image, mutual, causal, np.float32) if spec.mutual_images else causal()
         output, *present = attended
         self._presents += zip((DecoderInputs.present(part, layer) for part in parts), present, strict=True)
-        return builder.reshape(output, -1, spec.heads * spec.head_dim)
+        output = builder.reshape(output, -1, spec.heads * spec.head_dim)
+        return output if gate is None else builder.op("Mul", output, builder.op("Sigmoid", gate))
 
     def _grouped_query(self, *inputs: ir.Value | None, **attributes: int) -> Sequence[ir.Value]:
         return self._builder.ops(
@@ -189,6 +198,17 @@ class CpuDecoderAttention:
             **attributes,
         )
 
+    def _without_gate(self, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Queries, keys and values side by side, and gates [T, heads * head_dim], which lie behind their queries."""
+        builder, spec = self._builder, self._spec
+        width = spec.heads * spec.head_dim
+        widths = builder.constant([2 * width, 2 * spec.kv_heads * spec.head_dim], np.int64)
+        both, rest = builder.ops("Split", packed, widths, outputs=2, axis=-1)
+        pairs = builder.reshape(both, -1, spec.heads, 2, spec.head_dim)
+        query, gate = builder.ops("Split", pairs, outputs=2, axis=2, num_outputs=2)
+        query = builder.op("Reshape", query, self.shape)
+        return builder.op("Concat", query, rest, axis=-1), builder.reshape(gate, -1, width)
+
     def _query_key_value(
         self, packed: ir.Value, layer: str
     ) -> tuple[ir.Value, ir.Value, ir.Value] | tuple[ir.Value, None, None]:
@@ -202,12 +222,14 @@ class CpuDecoderAttention:
             query, key = self._head_norm(query, f"{layer}.query_norm"), self._head_norm(key, f"{layer}.key_norm")
         if self._positions is not None:
             query, key = self._rotate(query, spec.heads), self._rotate(key, spec.kv_heads)
+        if not self._turns_whole:
+            query = builder.op("Mul", query, builder.constant(spec.score_scale, np.float32))
         return query, key, value
 
     def _head_norm(self, x: ir.Value, name: str) -> ir.Value:
         """The operator's own norm of queries and keys is not there on this provider."""
         heads = self._builder.reshape(x, -1, self._spec.head_dim)
-        return self._builder.op("Reshape", rms_norm(self._builder, heads, name, self._spec.norm_eps), self._shape)
+        return self._builder.op("Reshape", rms_norm(self._builder, heads, name, self._spec.norm_eps), self.shape)
 
     def _rotate(self, x: ir.Value, heads: int) -> ir.Value:
         """Three-axis rotary embedding, which GroupQueryAttention does not do itself."""
@@ -218,6 +240,7 @@ class CpuDecoderAttention:
             mrope_section=rope.mrope_section,
             mrope_layout=int(rope.mrope_interleaved),
             num_heads=heads,
+            rotary_embedding_dim=0 if self._turns_whole else rope.width,
         )
 
     def output_cache(self) -> None:

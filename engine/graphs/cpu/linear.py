@@ -49,6 +49,8 @@ class Int8Linears:
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         builder = self._builder
+        if not builder.has(f"{name}.scale"):  # a layer that is not rounded
+            return Fp32Linears(builder).linear(x, name)
         step, zero = builder.constant(1 / 127, np.float32), builder.constant(128, np.uint8)
         # A row of zeros divides 0 by 0. Whatever byte that becomes, its product is multiplied by the maximum, zero.
         maximum = builder.op("ReduceMax", builder.op("Abs", x), builder.constant([-1], np.int64), keepdims=1)

@@ -333,11 +333,7 @@ class Engine:
         with self._lock:
             expired = [stream for stream in self._open if stream.deadline <= now]
         for stream in expired:
-            stream.push(
-                DeadlineExceeded(
-                    "the request did not finish within its time limit (request_timeout_s); raise it or ask for less"
-                )
-            )
+            stream.push(DeadlineExceeded("the request passed its time limit; raise request_timeout_s or ask for less"))
 
     def _stop_waiting(self) -> None:
         """A download goes on without those whom it takes too long."""

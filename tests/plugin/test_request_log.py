@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cli.daemon import Daemon, PluginError
-from models._request_log import failed_line
+from models import _request_log
+from models._request_log import RequestLog, failed_line
 
 SECRET = "s3cr3t-words"
 
@@ -115,3 +117,23 @@ def test_a_made_up_model_name_cannot_forge_a_line() -> None:
     assert line.count(" ") == 4
     assert "\n" not in line
     assert len(line) < 200
+
+
+def test_a_reader_who_stops_is_a_cancelled_request() -> None:
+    def answer() -> Generator[str]:
+        with RequestLog("demo"):
+            yield "so far"
+            yield "never read"
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    _request_log.logger.addHandler(handler)
+    try:
+        reading = answer()
+        next(reading)
+        reading.close()
+    finally:
+        _request_log.logger.removeHandler(handler)
+    (line,) = lines
+    assert line.startswith("request model=demo outcome=error error=Cancelled total_ms=")

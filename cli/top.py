@@ -67,7 +67,7 @@ def scrape(port: int) -> Scrape:
         raise NoEngine(
             f"no engine answers at {where} ({getattr(reason, 'strerror', None) or reason}). Set Metrics port"
             f" (metrics_port) in the provider's form to {port} and ask a model something: the engine starts with its"
-            " first request. Where the plugin runs in a container, run this inside it. Another port: --port N"
+            " first request. A plugin in a container is seen from its network alone. Another port: --port N"
         ) from None
 
 

@@ -22,12 +22,13 @@ from engine.files import replace_file
 from engine.hub.listing import RemoteFile, Snapshot, list_files, open_client
 from engine.hub.origin import require_repository
 from engine.hub.progress import ProgressFile, lock_file, partial_folder
-from engine.hub.transfer import PAUSE_S, RETRIES, fetch, part_name
+from engine.hub.transfer import PAUSE_S, fetch, part_name
 from engine.storage import storage_error
 
 RECORD = "tessera.json"  # where a folder came from
 SPARE_BYTES = 64 << 20  # left on the disk beside the download
 LOCK_POLL_S = 0.3
+LISTING_RETRIES = 2  # few: somebody may be waiting to hear that the address is wrong
 
 CONFIG = "config.json"
 # What the engine and transformers' tokenizers and processors read. No code, no pickles.
@@ -104,12 +105,12 @@ def _fill(client: httpx.Client, endpoint: str, repository: Repository, partial: 
 
 
 def _listed(client: httpx.Client, endpoint: str, repository: Repository, stop: threading.Event) -> Snapshot:
-    for attempt in range(RETRIES + 1):
+    for attempt in range(LISTING_RETRIES + 1):
         try:
             return list_files(client, endpoint, repository)
         except httpx.RequestError as error:
             problem = f"{type(error).__name__}: {error}".rstrip(": ")
-        if stop.wait(PAUSE_S * 2**attempt if attempt < RETRIES else 0):
+        if stop.wait(PAUSE_S * 2**attempt if attempt < LISTING_RETRIES else 0):
             raise Cancelled("the download was stopped; the next request goes on with it")
     raise DownloadFailed(
         f"{endpoint} cannot be reached ({problem}); check hub_endpoint in the form and the network, or copy the model's"

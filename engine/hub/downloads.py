@@ -29,6 +29,7 @@ class Downloads:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._running: dict[str, tuple[Future[Path], threading.Thread]] = {}  # by folder
+        self._failures: dict[str, EngineError] = {}  # of the last try
 
     def start(self, name: str) -> Future[Path]:
         """The download of a model, started unless it is under way; its result is the folder.
@@ -76,7 +77,10 @@ class Downloads:
         """What to tell somebody who waits no longer."""
         progress = self.progress(name)
         then = "then" if progress.seconds_left is not None else "in a moment"
-        return ModelDownloading(f"downloading {label(name)}: {progress}; try again {then}")
+        # Trying may take longer than anybody waits: why it did not work must still reach somebody.
+        failure = self._failures.get(folder_name(name)) if not progress.rate else None
+        before = f" (the last try failed: {failure})" if failure else ""
+        return ModelDownloading(f"downloading {label(name)}: {progress}{before}; try again {then}")
 
     def close(self) -> None:
         """Stop all; what has come so far stays on the disk for the next time."""
@@ -99,6 +103,9 @@ class Downloads:
             problem = EngineError(f"downloading {name} failed: {type(error).__name__}: {error}")
         with self._lock:  # before anybody hears of the end: who asks again then starts anew
             del self._running[folder_name(name)]
+            self._failures.pop(folder_name(name), None)
+            if isinstance(problem, EngineError):
+                self._failures[folder_name(name)] = problem
         if problem is None:
             future.set_result(path)
         else:

@@ -61,6 +61,15 @@ def test_a_failed_download_is_tried_again_by_the_next_who_asks(hub: HubStandIn, 
     assert downloads.start(NAME).result(30).is_dir()
 
 
+def test_why_the_last_try_failed_is_told_while_the_next_is_under_way(hub: HubStandIn, downloads: Downloads) -> None:
+    hub.gated.add(NAME)
+    downloads.start(NAME).exception(30)
+    assert "the last try failed: someone/tiny is gated" in str(downloads.note(NAME))
+    hub.gated.clear()
+    downloads.start(NAME).result(30)
+    assert "failed" not in str(downloads.note(NAME))
+
+
 def test_closing_stops_what_runs_and_keeps_what_came(hub: HubStandIn, downloads: Downloads, tmp_path: Path) -> None:
     hub.faults.pause_s = 0.02
     future = downloads.start(NAME)

@@ -258,7 +258,7 @@ class Engine:
     ) -> tuple[ImageInput, ...]:
         """The images as the tower takes them; those whose features are known stay without pixels."""
         return tuple(
-            layout if known is not None else model.image_input(image.data, self.config.max_image_megapixels)
+            layout if known is not None else model.image_input(image, self.config.max_image_megapixels)
             for image, layout, known in zip(request.images, layouts, features, strict=True)
         )
 

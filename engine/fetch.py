@@ -80,7 +80,7 @@ class ImageFetcher:
         images = {url: self._images.submit(fetch_image, url, self._limits) for url in urls}
 
         def image(part: Part) -> Part:
-            return Image(images[part.url].result()) if isinstance(part, ImageUrl) else part
+            return Image(images[part.url].result(), part.detail) if isinstance(part, ImageUrl) else part
 
         try:
             return tuple(Message(message.role, tuple(map(image, message.parts))) for message in messages)

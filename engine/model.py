@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.device import Devices, resolve_precision
 from engine.errors import DeviceUnavailable, InvalidRequest
 from engine.loop import StepLoop
-from engine.preprocess import ImageInput, ImageProcessor, decode_image, image_processor, image_size
+from engine.preprocess import DetailedProcessor, ImageInput, decode_image, image_processor, image_size
 from engine.prompts import PromptBuilder
 from engine.replica import Replica
 from engine.request import Image
@@ -41,7 +41,7 @@ class Model:
     artifact: Artifact
     prompts: PromptBuilder
     grammars: Grammars
-    images: ImageProcessor | None
+    images: DetailedProcessor | None
     replicas: tuple[tuple[Replica, StepLoop], ...]
     context_length: int
     _choosing: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -67,18 +67,20 @@ class Model:
 
         Raises InvalidImage, for one over the limit too: whether it is refused must not depend on what is cached.
         """
-        return [self._layout(image.data, max_megapixels) for image in images]
+        return [self._layout(image, max_megapixels) for image in images]
 
-    def image_input(self, data: bytes, max_megapixels: float) -> ImageInput:
+    def image_input(self, image: Image, max_megapixels: float) -> ImageInput:
         """Decode an image file for the tower. Raises InvalidImage."""
-        return self._processor.process(decode_image(data, max_megapixels=max_megapixels), data)
+        pixels = decode_image(image.data, max_megapixels=max_megapixels)
+        return self._processor.process(pixels, image.data, image.detail)
 
-    def _layout(self, data: bytes, max_megapixels: float) -> ImageInput:
-        tokens, grid = self._processor.count(*image_size(data, max_megapixels=max_megapixels))
-        return ImageInput(_NO_PIXELS, grid, tokens, self._processor.key(data))
+    def _layout(self, image: Image, max_megapixels: float) -> ImageInput:
+        size = image_size(image.data, max_megapixels=max_megapixels)
+        tokens, grid = self._processor.count(*size, image.detail)
+        return ImageInput(_NO_PIXELS, grid, tokens, self._processor.key(image.data, image.detail))
 
     @property
-    def _processor(self) -> ImageProcessor:
+    def _processor(self) -> DetailedProcessor:
         if self.images is None:
             raise InvalidRequest(f"{self.name} reads text only; choose a model with vision, or leave the image out")
         return self.images

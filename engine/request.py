@@ -10,6 +10,7 @@ from engine.errors import InvalidParameter, InvalidRequest
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
+Detail = Literal["low", "high"]  # of an image: fewer tokens where the model's processor has a choice, or all it makes
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 MAX_STOP_WORDS = 16
 MAX_SEED = 2**63 - 1
@@ -25,6 +26,7 @@ class Image:
     """An encoded image file (JPEG, PNG, ...), not pixels."""
 
     data: bytes = field(repr=False)
+    detail: Detail = "high"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class ImageUrl:
     """An image that the engine fetches first. The URL may hold a signature: no message quotes its query."""
 
     url: str = field(repr=False)
+    detail: Detail = "high"
 
 
 Part = Text | Image | ImageUrl

@@ -37,6 +37,7 @@ from engine.request import (
 
 VERSION = 2
 MAX_FRAME_BYTES = 512 << 20
+_IMAGE = "image"
 _IMAGE_URL = "image_url"
 CONNECTION = 0  # the number that stands for the connection, not for a request
 
@@ -259,14 +260,16 @@ def _plain(messages: tuple[Message, ...]) -> list[Any]:
 
 
 def _part_to_plain(part: Part) -> Any:
-    """A text becomes a string, an image bytes, an image to be fetched an array."""
+    """A text becomes a string, an image bytes, an image to be fetched or of low detail an array."""
     match part:
         case Text(text):
             return text
-        case Image(data):
+        case Image(data, "high"):
             return data
-        case ImageUrl(url):
-            return [_IMAGE_URL, url]
+        case Image(data, detail):
+            return [_IMAGE, data, detail]
+        case ImageUrl(url, detail):
+            return [_IMAGE_URL, url, detail]
 
 
 def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
@@ -339,8 +342,10 @@ def _part(plain: Any) -> Part:
             return Text(text)
         case bytes(data):
             return Image(data)
-        case [str(kind), str(url)] if kind == _IMAGE_URL:
-            return ImageUrl(url)
+        case [str(kind), bytes(data), "low" | "high" as detail] if kind == _IMAGE:
+            return Image(data, detail)
+        case [str(kind), str(url), "low" | "high" as detail] if kind == _IMAGE_URL:
+            return ImageUrl(url, detail)
     raise InvalidRequest(f"the request is malformed: a part must be text or an image, not {type(plain).__name__}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.preprocess.decode import decode_image, image_size
+from engine.preprocess.detail import DetailedProcessor, low_detail
 from engine.preprocess.image_input import Grid, ImageInput, ImageProcessor
 from engine.preprocess.qwen2_vl import Qwen2VLProcessor
 from engine.preprocess.settings import Settings, read_settings
@@ -12,6 +13,7 @@ from engine.preprocess.smolvlm import SmolVLMProcessor
 from engine.spec import ModelSpec, SiglipSpec
 
 __all__ = [
+    "DetailedProcessor",
     "Grid",
     "ImageInput",
     "ImageProcessor",
@@ -23,13 +25,17 @@ __all__ = [
 ]
 
 
-def image_processor(folder: Path, spec: ModelSpec) -> ImageProcessor:
+def image_processor(folder: Path, spec: ModelSpec) -> DetailedProcessor:
     """The image processor of a checkpoint that has a vision tower.
 
     Raises CheckpointError, naming the file, when the settings are missing, malformed or do not fit the tower.
     """
-    assert spec.vision is not None, "This is a bug: a text-only model has no image processor."
     settings = read_settings(folder)
+    return DetailedProcessor({"high": _of(settings, spec), "low": _of(low_detail(settings, spec), spec)})
+
+
+def _of(settings: Settings, spec: ModelSpec) -> ImageProcessor:
+    assert spec.vision is not None, "This is a bug: a text-only model has no image processor."
     if isinstance(spec.vision, SiglipSpec):
         return SmolVLMProcessor(settings, spec.vision)
     return Qwen2VLProcessor(settings, spec.vision)

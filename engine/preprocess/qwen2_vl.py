@@ -30,7 +30,7 @@ class Qwen2VLProcessor:
         if not settings.boolean("do_resize", True):
             raise settings.fail("do_resize", "true: the tower takes whole patches only")
         self._resample = Image.Resampling(settings.resample(Image.Resampling.BICUBIC))
-        self._min_pixels, self._max_pixels = _pixel_range(settings)
+        self._min_pixels, self._max_pixels = pixel_range(settings)
         self._digest = settings_digest("qwen2_vl", {
             "patch": self._patch, "merge": self._merge, "temporal": self._temporal, "resample": self._resample,
             "min_pixels": self._min_pixels, "max_pixels": self._max_pixels,
@@ -77,7 +77,7 @@ def _require_equal(settings: Settings, name: str, default: int, expected: int) -
         )
 
 
-def _pixel_range(settings: Settings) -> tuple[int, int]:
+def pixel_range(settings: Settings) -> tuple[int, int]:
     """min_pixels and max_pixels win over `size`, which spells them shortest_edge and longest_edge."""
     size = settings.section("size", _SIZE)
     smallest = settings.integer("min_pixels", size.integer("shortest_edge", size.integer("min_pixels", 0)))

@@ -69,7 +69,9 @@ class PromptBuilder:
         """Tokens of the prompt; `image_sizes` are (width, height) in pixels. Raises InvalidRequest."""
         if image_sizes and self._images is None:
             raise InvalidRequest(_TEXT_ONLY)
-        layouts = [self._images.count(*size) for size in image_sizes] if self._images else []
+        details = [part.detail for message in messages for part in message.parts if isinstance(part, Image)]
+        sizes = zip(image_sizes, details, strict=True)
+        layouts = [self._images.count(*size, detail) for size, detail in sizes] if self._images else []
         ids, runs = self._encode(messages, layouts)
         return len(ids) + sum(repeat - 1 for run in runs for repeat in run)
 

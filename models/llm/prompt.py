@@ -18,7 +18,7 @@ from dify_plugin.entities.model.message import (
 )
 
 from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
-from engine.request import Image, ImageUrl, Message, Part, Request, Role, SamplingParams, Text
+from engine.request import Detail, Image, ImageUrl, Message, Part, Request, Role, SamplingParams, Text
 
 # A tool's result is something that the assistant is told, so it speaks with the user's voice.
 ROLES: dict[PromptMessageRole, Role] = {
@@ -84,10 +84,16 @@ def _image(content: ImagePromptMessageContent) -> Image | ImageUrl:
     if source.startswith("data:"):
         source = source.partition(",")[2]
     elif not content.base64_data and source:
-        return ImageUrl(source)
+        return ImageUrl(source, _detail(content))
     if not source:
         raise InvalidImage(f"the image {content.filename!r} is empty" if content.filename else "an image is empty")
-    return Image(_decode_base64(source))
+    return Image(_decode_base64(source), _detail(content))
+
+
+def _detail(content: ImagePromptMessageContent) -> Detail:
+    """Low only where Dify says so: the SDK's default is low, and to ask for nothing is not to ask for less."""
+    is_low = content.detail == ImagePromptMessageContent.DETAIL.LOW and "detail" in content.model_fields_set
+    return "low" if is_low else "high"
 
 
 def _decode_base64(text: str) -> bytes:

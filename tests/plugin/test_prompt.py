@@ -9,7 +9,7 @@ import pytest
 from dify_plugin.entities.model.message import PromptMessage, ensure_prompt_message
 
 from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
-from engine.request import Image, ImageUrl, Message, SamplingParams, Text
+from engine.request import Detail, Image, ImageUrl, Message, SamplingParams, Text
 from models.llm.prompt import engine_messages, engine_request, sampling_params
 
 BYTES = bytes(range(256))
@@ -66,6 +66,15 @@ def test_images_and_texts_keep_their_order() -> None:
 def test_an_image_arrives_as_its_bytes(fields: dict[str, str]) -> None:
     (message,) = engine_messages([said("user", [image(**fields)])])
     assert message.parts == (Image(BYTES),)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({"detail": "low"}, "low"), ({"detail": "high"}, "high"), ({}, "high")]
+)
+def test_low_detail_is_what_dify_asks_for(given: dict[str, str], expected: Detail) -> None:
+    pictures = [image(base64_data=BASE64, **given), image(url="https://example.com/a.png", **given)]
+    (message,) = engine_messages([said("user", pictures)])
+    assert message.parts == (Image(BYTES, expected), ImageUrl("https://example.com/a.png", expected))
 
 
 def test_an_image_by_url_is_left_to_the_engine_to_fetch() -> None:

@@ -144,9 +144,7 @@ def test_what_runs_and_waits_is_seen_while_it_does(start: Start) -> None:
     }
 
 
-def test_the_second_engine_of_a_port_says_so_works_and_takes_over_later(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_second_engine_of_a_port_says_so_and_works(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     first = MetricsServer(port, CollectorRegistry())
     try:

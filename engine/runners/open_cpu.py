@@ -6,6 +6,7 @@ import os
 
 from engine.checkpoints import Artifact
 from engine.config import EngineConfig
+from engine.errors import InvalidConfig
 from engine.replica import Replica
 from engine.runners.cpu import CpuRunner
 from engine.runtime import Decoder, Encoder
@@ -21,8 +22,16 @@ _PREFILL_THREADS = 3  # beside the step loop's own: a step's budget of prompts f
 def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
     """Sessions, KV memory and scheduler. Raises InvalidConfig when the KV memory cannot be had."""
     spec = artifact.spec
-    blocks = config.kv_cache_mib * 2**20 // (spec.decoder.kv_bytes_per_token * BLOCK)
-    context_length = min(spec.decoder.context_length, blocks * BLOCK)
+    block_bytes = spec.decoder.kv_bytes_per_token * BLOCK
+    blocks = config.kv_cache_mib * 2**20 // block_bytes
+    state_bytes = spec.decoder.delta_net.state_bytes if spec.decoder.delta_net else 0
+    state_blocks = -(-state_bytes // block_bytes)
+    if state_blocks >= blocks > 0:
+        raise InvalidConfig(
+            f"kv_cache_mib is {config.kv_cache_mib}, but {name} keeps {state_bytes / 2**20:.0f} MiB of each sequence"
+            " beside keys and values; raise it to some times that"
+        )
+    context_length = min(spec.decoder.context_length, (blocks - state_blocks) * BLOCK)
     threads = config.threads or _threads(artifact)
     idle = 0 if config.threads else _cores() - threads
     decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
@@ -40,7 +49,7 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
             weight_bytes=artifact.weight_bytes,
             kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
         ),
-        scheduler=Scheduler(KVCache(decoder, blocks, reuse=spec.decoder.delta_net is None), limits),
+        scheduler=Scheduler(KVCache(decoder, blocks, state_blocks=state_blocks, chunk=limits.prefill_tokens), limits),
         context_length=context_length,
     )
 

@@ -220,6 +220,9 @@ class Scheduler:
         """Chunks by age while the budget lasts; at least one."""
         budget = self._limits.prefill_tokens
         for sequence in prefilling:
+            if sequence.pauses[:1] == (sequence.computed,):
+                self.kv.store(sequence)
+                sequence.pauses = sequence.pauses[1:]
             if sequence.missing_images():
                 continue
             stop = self._chunk_end(sequence, budget)
@@ -246,4 +249,4 @@ class Scheduler:
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         size = self._limits.prefill_tokens
         stop = (sequence.computed // size + 1) * size if self._limits.aligned_chunks else sequence.computed + budget
-        return min(stop, sequence.prefill_end)
+        return min(stop, sequence.prefill_end, *sequence.pauses[:1])

@@ -37,6 +37,7 @@ class Sequence:
     row: int | None = None
     computed: int = 0
     prefill_end: int = 0
+    pauses: tuple[int, ...] = ()  # numbers of tokens after which prefill stops, for the KV cache to keep what is there
     reused: int = 0
     ended: bool = False
     admitted_at: float = 0.0  # time.monotonic() of its first admission; 0 before
@@ -107,4 +108,4 @@ class Sequence:
 
     def set_back(self) -> None:
         """Forget the KV memory; prompt and output so far are computed again after the next admission."""
-        self.row, self.computed, self.prefill_end, self.reused = None, 0, 0, 0
+        self.row, self.computed, self.prefill_end, self.reused, self.pauses = None, 0, 0, 0, ()

@@ -21,6 +21,7 @@ class FakeMemory:
     def __init__(self, rows: int, length: int = 4096) -> None:
         self.rows = rows
         self.data = np.zeros((rows, length), np.float32)
+        self.states = np.zeros((rows, 1), np.float32)  # what the tokens add up to that the row has seen
 
     def read_kv(self, row: int, start: int, stop: int) -> NDArray[np.float32]:
         return self.data[row, start:stop].copy().reshape(1, 1, 1, -1, 1)
@@ -28,13 +29,22 @@ class FakeMemory:
     def write_kv(self, row: int, start: int, kv: NDArray[np.float32]) -> None:
         self.data[row, start : start + kv.shape[3]] = kv.ravel()
 
+    def read_state(self, row: int) -> NDArray[np.float32]:
+        state: NDArray[np.float32] = self.states[row].copy()
+        return state
+
+    def write_state(self, row: int, state: NDArray[np.float32]) -> None:
+        self.states[row] = state
+
     def release(self, row: int) -> None:
-        self.data[row] = 0
+        self.data[row] = self.states[row] = 0
 
     def compute(self, sequence: Sequence, stop: int) -> None:
         """What a prefill or decode call does."""
         assert sequence.row is not None
-        self.data[sequence.row, sequence.computed : stop] = sequence.tokens(sequence.computed, stop)
+        tokens = sequence.tokens(sequence.computed, stop)
+        self.data[sequence.row, sequence.computed : stop] = tokens
+        self.states[sequence.row] = (self.states[sequence.row] + tokens.sum()) % 65536  # exact in fp32
         sequence.computed = stop
 
 

@@ -70,7 +70,8 @@ class PromptBuilder:
         if image_sizes and self._images is None:
             raise InvalidRequest(_TEXT_ONLY)
         details = [part.detail for message in messages for part in message.parts if isinstance(part, Image)]
-        sizes = zip(image_sizes, details, strict=True)
+        details += ["high"] * (len(image_sizes) - len(details))  # too many are refused below
+        sizes = zip(image_sizes, details, strict=False)
         layouts = [self._images.count(*size, detail) for size, detail in sizes] if self._images else []
         ids, runs = self._encode(messages, layouts)
         return len(ids) + sum(repeat - 1 for run in runs for repeat in run)

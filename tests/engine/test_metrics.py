@@ -148,14 +148,12 @@ def test_the_second_engine_of_a_port_says_so_and_works(start: Start, caplog: pyt
     port = free_port()
     first = MetricsServer(port, CollectorRegistry())
     try:
-        assert scraped(port, lambda found: found == {}) == {}
+        _wait_until(lambda: _accepts(port))
         with caplog.at_level(logging.WARNING, "engine.metrics"):
             second = start(metrics_port=port)
             assert ask(second, request("what?", max_tokens=2)).wait().finished
-            deadline = time.monotonic() + 10
-            while not caplog.messages and time.monotonic() < deadline:
-                time.sleep(0.01)
-        (line,) = caplog.messages
+            _wait_until(lambda: bool(_lines(caplog)))
+        (line,) = _lines(caplog)
         assert f"port {port} of 127.0.0.1 cannot be had" in line
         assert "metrics_port" in line
     finally:
@@ -168,8 +166,7 @@ def test_a_port_that_is_given_up_is_taken_over() -> None:
     second = None
     try:
         registry = Metrics(lambda: {"open_requests": 0, "models": {}}).registry
-        while not _accepts(port):
-            time.sleep(0.01)
+        _wait_until(lambda: _accepts(port))
         second = MetricsServer(port, registry, retry_s=0.01)
         first.close()
         assert scraped(port, lambda found: "tessera_open_requests" in found)["tessera_open_requests"] == 0
@@ -178,6 +175,17 @@ def test_a_port_that_is_given_up_is_taken_over() -> None:
         if second is not None:
             second.close()
     assert not _accepts(port)
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "engine.metrics"]
 
 
 def _accepts(port: int) -> bool:

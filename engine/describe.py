@@ -7,6 +7,7 @@ config.json changes.
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engine.errors import CheckpointError
 
 LIMIT_S = 10.0  # reading takes a third of a second; a machine under load takes its time
 CONFIG = "config.json"
+_reading = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ def describe(folder: Path) -> Description:
         changed = (folder / CONFIG).stat().st_mtime_ns
     except OSError:
         raise CheckpointError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face checkpoint") from None
-    return _described(folder, changed)
+    with _reading:  # once, however many ask at the same time
+        return _described(folder, changed)
 
 
 @functools.lru_cache(maxsize=256)

@@ -104,6 +104,12 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
         except EngineError as error:
             raise CredentialsValidateFailedError(str(error)) from error
 
+    def get_model_schema(self, model: str, credentials: Mapping[str, Any] | None = None) -> AIModelEntity | None:
+        """The SDK's, which looks at no model of one's own whose form is empty, as all of it may be."""
+        return super().get_model_schema(model, credentials) or (
+            None if credentials else self.get_customizable_model_schema(model, {})
+        )
+
     def get_customizable_model_schema(self, model: str, credentials: Mapping[str, Any]) -> AIModelEntity | None:
         """None for a model that is neither here nor on its way; the engine says so when it is asked for it."""
         try:

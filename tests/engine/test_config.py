@@ -105,3 +105,15 @@ def test_no_message_quotes_a_secret() -> None:
         with pytest.raises(InvalidConfig, match="put the token into hub_token") as refused:
             EngineConfig(hub_endpoint=endpoint)
         assert "hf_secret" not in str(refused.value)
+
+
+def test_storage_is_on_the_persistent_volume_of_difys_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLUGIN_WORKING_PATH", "/app/storage/cwd")
+    assert EngineConfig().storage == Path("/app/storage/tessera")
+
+
+@pytest.mark.parametrize("plugins", ["", "./storage/cwd"])
+def test_elsewhere_storage_is_where_the_account_keeps_its_data(monkeypatch: pytest.MonkeyPatch, plugins: str) -> None:
+    monkeypatch.setenv("PLUGIN_WORKING_PATH", plugins)
+    monkeypatch.setenv("XDG_DATA_HOME", "/home/somebody/data")
+    assert EngineConfig().storage == Path("/home/somebody/data/tessera")

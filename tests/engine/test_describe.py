@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def test_a_configuration_that_changed_is_read_again(tmp_path: Path) -> None:
     folder_with(tmp_path, model_type="qwen3", max_position_embeddings=200)
     os.utime(folder / "config.json", ns=(1, 1))  # whatever the clock's steps are
     assert describe(folder).context == 200
+
+
+def test_many_at_once_have_it_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=500)
+    asked: list[str] = []
+
+    def slowly(module: str, question: str, limit_s: float) -> list[errand.Line]:
+        asked.append(question)
+        time.sleep(0.05)
+        return [{"context": 500}]
+
+    monkeypatch.setattr(errand, "ask", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(describe, [folder] * 8)) == {Description(500)}
+    assert asked == [str(folder)]
 
 
 def test_it_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,11 @@ def test_a_folder_of_the_storage_goes_by_its_name(daemon: Daemon, form: Form) ->
     assert schema["model_properties"] == {"mode": "chat", "context_size": 4096}
 
 
+def test_its_form_may_be_empty_altogether(daemon: Daemon, tmp_path: Path) -> None:
+    path = str(bring(tmp_path / "mine"))
+    assert schema_of(daemon, path, {})["model_properties"]["context_size"] == 4096
+
+
 def test_a_folder_elsewhere_goes_by_its_path(daemon: Daemon, form: Form, tmp_path: Path) -> None:
     path = str(bring(tmp_path / "elsewhere" / "mine"))
     validate(daemon, path, form)

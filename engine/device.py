@@ -16,7 +16,7 @@ from typing import Protocol
 
 from engine.config import EngineConfig, require_cpu_precision
 from engine.errors import DeviceUnavailable, InvalidConfig
-from engine.spec import FloatType, Precision
+from engine.spec import FloatType, ModelSpec, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,15 @@ def resolve_precision(config: EngineConfig, devices: Devices, dtype: FloatType) 
     if chosen == "auto":
         return "bf16" if dtype == "bfloat16" and not old else "fp16"
     return chosen
+
+
+def require_device(name: str, spec: ModelSpec, devices: Devices) -> None:
+    """Raises DeviceUnavailable for a model that no graph on a GPU covers, when that is where it would run."""
+    if spec.decoder.delta_net is not None and devices.gpus:
+        raise DeviceUnavailable(
+            f"{name} has linear attention (Gated DeltaNet), which runs on the CPU only so far;"
+            " set the device to cpu, or choose another model"
+        )
 
 
 def memory_budget(config: EngineConfig, free_bytes: int) -> int:

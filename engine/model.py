@@ -14,8 +14,8 @@ import numpy as np
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
-from engine.device import Devices, resolve_precision
-from engine.errors import DeviceUnavailable, InvalidRequest
+from engine.device import Devices, require_device, resolve_precision
+from engine.errors import InvalidRequest
 from engine.loop import StepLoop
 from engine.preprocess import DetailedProcessor, ImageInput, decode_image, image_processor, image_size
 from engine.prompts import PromptBuilder
@@ -24,7 +24,6 @@ from engine.request import Image
 from engine.runners.open_cpu import open_cpu
 from engine.sampling import Grammars
 from engine.scheduling.sequence import Sequence
-from engine.spec import ModelSpec
 
 OpenCuda = Callable[[str, Artifact, EngineConfig, int], Replica]
 """A model, its weights, the settings and a GPU's number to a replica: `open_cuda`, or what stands in for it."""
@@ -98,7 +97,7 @@ def load_model(
     Raises ModelUnavailable's children, StorageError, InvalidConfig or DeviceOutOfMemory.
     """
     checkpoint = Checkpoint.open(find_checkpoint(name, config.storage))
-    _require_device(name, checkpoint.spec, devices)
+    require_device(name, checkpoint.spec, devices)  # before minutes of conversion
     precision = resolve_precision(config, devices, checkpoint.spec.dtype)
     artifact = open_artifact(checkpoint, precision, config.storage)
     spec = artifact.spec
@@ -116,15 +115,6 @@ def load_model(
         replicas=tuple(zip(replicas, loops, strict=True)),
         context_length=min(replica.context_length for replica in replicas),
     )
-
-
-def _require_device(name: str, spec: ModelSpec, devices: Devices) -> None:
-    """Before minutes of conversion. Raises DeviceUnavailable for a model that no graph on a GPU covers."""
-    if spec.decoder.delta_net is not None and devices.gpus:
-        raise DeviceUnavailable(
-            f"{name} has linear attention (Gated DeltaNet), which runs on the CPU only so far;"
-            " set the device to cpu, or choose another model"
-        )
 
 
 def _open_replicas(

@@ -321,6 +321,9 @@ def test_every_tensor_that_transformers_saves_is_used_once(family: Any, tmp_path
         ("qwen2_5_vl", "visual.blocks.0.mlp.up_proj.bias", "vision.blocks.0.mlp.up_proj.bias"),
         ("qwen2_5_vl", "model.visual.merger.mlp.2.bias", "vision.merger.mlp.2.bias"),
         ("qwen3_vl", "model.visual.pos_embed.weight", "vision.pos_embed.weight"),
+        ("qwen3_5", "model.language_model.layers.0.linear_attn.A_log", "text.layers.0.linear_attn.A_log"),
+        ("qwen3_5", "mtp.layers.0.mlp.up_proj.weight", "mtp.layers.0.mlp.up_proj.weight"),  # nobody asks for it
+        ("qwen3_5_text", "model.layers.0.linear_attn.dt_bias", "text.layers.0.linear_attn.dt_bias"),
     ],
 )
 def test_old_and_new_prefixes_name_the_same_tensor(model_type: str, stored: str, wanted: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from engine.checkpoints import Artifact
 from engine.config import EngineConfig
@@ -34,8 +35,10 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
     context_length = min(spec.decoder.context_length, (blocks - state_blocks) * BLOCK)
     threads = config.threads or _threads(artifact)
     idle = 0 if config.threads else _cores() - threads
-    decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
-    encoder = Encoder(artifact, threads=threads) if spec.vision else None
+    with ThreadPoolExecutor(1) as beside:  # a session packs its weights on one thread, for seconds
+        opening = beside.submit(Encoder, artifact, threads=threads) if spec.vision else None
+        decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
+        encoder = opening.result() if opening is not None else None
     limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=True)
     return Replica(
         name=name,

@@ -88,7 +88,9 @@ def _pieces(checkpoint: Checkpoint, window: int, tokens: int) -> tuple[list[Toke
 def _measure(model: str, checkpoint: Checkpoint, config: EngineConfig, pieces: list[Tokens]) -> Measured:
     devices = resolve(config)
     require_device(model, checkpoint.spec, devices)
-    precision = resolve_precision(config, devices, checkpoint.spec.dtype)
+    precision = resolve_precision(
+        config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
+    )
     artifact = open_artifact(checkpoint, precision, config.storage)
     started = time.monotonic()
     logits_of = _decoder(model, artifact, config, devices, len(pieces[0]))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.config import EngineConfig, require_cpu_precision
+from engine.config import EngineConfig, PrecisionSetting, require_cpu_precision
 from engine.errors import DeviceUnavailable, InvalidConfig
 from engine.spec import FloatType, ModelSpec, Precision
 
@@ -144,11 +144,14 @@ def installed_gpus(
     return [_gpu(probe, index) for index in range(probe.count())]
 
 
-def resolve_precision(config: EngineConfig, devices: Devices, dtype: FloatType) -> Precision:
+def resolve_precision(
+    config: EngineConfig, devices: Devices, dtype: FloatType, *, wide_activations: bool = False
+) -> Precision:
     """What `auto` comes to: int8 on the CPU, where it is faster and smaller; on GPUs the checkpoint's 16-bit type.
 
-    A float32 checkpoint becomes fp16, which keeps more of its digits than bf16. GPUs before Ampere have no bf16. Raises
-    InvalidConfig for a precision that the devices do not have.
+    A float32 checkpoint becomes fp16, which keeps more of its digits than bf16, unless its activations are too large
+    for that (`ModelSpec.wide_activations`). GPUs before Ampere have no bf16. Raises InvalidConfig for a precision that
+    the devices do not have, or that does not hold the activations.
     """
     chosen = config.precision
     if not devices.gpus:
@@ -157,9 +160,23 @@ def resolve_precision(config: EngineConfig, devices: Devices, dtype: FloatType) 
     old = [gpu for gpu in devices.gpus if gpu.capability < BFLOAT16_CAPABILITY]
     if chosen == "bf16" and old:
         raise InvalidConfig(f"precision bf16 is not for {old[0].name}, which is too old; choose fp16 or int8")
+    if wide_activations and chosen != "fp32":
+        _require_bfloat16(chosen, old)
+        return "bf16" if chosen == "auto" else chosen
     if chosen == "auto":
         return "bf16" if dtype == "bfloat16" and not old else "fp16"
     return chosen
+
+
+def _require_bfloat16(chosen: PrecisionSetting, old: Sequence[Gpu]) -> None:
+    if chosen == "fp16":
+        raise InvalidConfig(
+            "precision fp16 does not hold this model's activations, which become larger than 65504; choose bf16 or int8"
+        )
+    if old:
+        raise InvalidConfig(
+            f"this model's activations need bf16, and {old[0].name} is too old for it; choose another device"
+        )
 
 
 def require_device(name: str, spec: ModelSpec, devices: Devices) -> None:

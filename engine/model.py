@@ -98,7 +98,9 @@ def load_model(
     """
     checkpoint = Checkpoint.open(find_checkpoint(name, config.storage))
     require_device(name, checkpoint.spec, devices)  # before minutes of conversion
-    precision = resolve_precision(config, devices, checkpoint.spec.dtype)
+    precision = resolve_precision(
+        config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
+    )
     artifact = open_artifact(checkpoint, precision, config.storage)
     spec = artifact.spec
     prompts = PromptBuilder(checkpoint.folder, spec)

@@ -148,7 +148,10 @@ class PixelNorm:
 
 @dataclass(frozen=True, slots=True)
 class SiglipSpec:
-    """Idefics3's tower and connector: square tiles, learned positions, pixel shuffle, one projection."""
+    """A tower and a connector: square tiles, learned positions, neighbouring patches joined, one projection.
+
+    Idefics3 puts the patches of a square side by side (pixel shuffle); Gemma 3 takes their mean and norms it.
+    """
 
     layers: int
     hidden: int
@@ -158,8 +161,9 @@ class SiglipSpec:
     activation: str
     tile: int  # pixels, side of a tile
     patch: int  # pixels
-    shuffle: int  # pixel shuffle factor
+    shuffle: int  # patches, side of the square that becomes one token
     norm: PixelNorm = PixelNorm()
+    connector: Literal["shuffle", "mean"] = "shuffle"
 
     @property
     def tokens_per_tile(self) -> int:
@@ -195,11 +199,17 @@ class QwenVisionSpec:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Special tokens. `eos` ends a sequence (any of them); image tokens are None for text-only models."""
+    """Special tokens. `eos` ends a sequence (any of them); image tokens are None for text-only models.
+
+    `image_start` and `image_end` are there where they stand around an image's tokens and the chat template writes
+    the former for an image, instead of `image`.
+    """
 
     eos: tuple[int, ...]
     pad: int
     image: int | None = None
+    image_start: int | None = None
+    image_end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,3 +221,9 @@ class ModelSpec:
     tokens: TokenIds
     vision: SiglipSpec | QwenVisionSpec | None = None
     dtype: FloatType = "float32"
+    wide_activations: bool = False  # larger than float16 holds
+
+    @property
+    def half(self) -> FloatType:
+        """The 16-bit type of its activations."""
+        return "bfloat16" if self.wide_activations or self.dtype == "bfloat16" else "float16"

@@ -94,12 +94,14 @@ class Checkpoint:
         columns = weight.shape[1:]
         for source in weight.sources:
             stored = self.tensors[source.name]
-            step = max(1, _BLOCK_BYTES * source.shape[0] // (4 * int(np.prod(source.shape))))
+            rows = weight.shape[0] if weight.transposed else source.shape[0]
+            step = max(1, _BLOCK_BYTES * rows // (4 * int(np.prod(source.shape))))
             try:
                 with safe_open(stored.file, framework="np") as file:
                     view = file.get_slice(stored.name)
-                    for start in range(0, source.shape[0], step):
-                        block = np.asarray(view[start : min(start + step, source.shape[0])])
+                    for start in range(0, rows, step):
+                        part = slice(start, min(start + step, rows))
+                        block = np.asarray(view[:, part]).T if weight.transposed else np.asarray(view[part])
                         yield block.astype(np.float32).reshape(len(block), *columns)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{stored.file} cannot be read: {error}; download it again") from error

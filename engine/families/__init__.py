@@ -21,6 +21,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     qwen3_5.TEXT_FAMILY,
+    gemma3.FAMILY,
     gemma3.TEXT_FAMILY,
 )
 

@@ -28,16 +28,21 @@ class Weight:
     ([vocab, hidden]) is two-dimensional, later dimensions flattened, and becomes int8 with one scale per row when that
     precision is asked for, beside which `plain` stays fp32. In the other precisions all three have that one type.
 
-    `offset` is added to every value before it is rounded to its type, for checkpoints that store a norm's weight - 1.
+    `transposed`: the one source is stored as [in, out]. `offset` is added to every value before it is rounded to its
+    type, for checkpoints that store a norm's weight - 1.
     """
 
     name: str
     kind: Kind
     sources: tuple[Source, ...]
     offset: float = 0.0
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.transposed:
+            columns, rows = self.sources[0].shape
+            return rows, columns
         rows, *rest = self.sources[0].shape
         rows = sum(source.shape[0] for source in self.sources)
         return (rows, math.prod(rest)) if self.kind != "plain" else (rows, *rest)

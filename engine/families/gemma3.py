@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from engine.families.decoder import DecoderDefaults, decoder_weights, read_decoder, read_tokens
-from engine.families.family import CheckpointConfig, Family, Weight
+from engine.families.family import CheckpointConfig, Family, Source, Weight, plain
 from engine.families.rope import read_rope
 from engine.families.section import Section
-from engine.spec import DecoderSpec, ModelSpec, RopeSpec, SlidingSpec
+from engine.families.siglip import SiglipDefaults, read_siglip, siglip_weights
+from engine.spec import DecoderSpec, ModelSpec, RopeSpec, SiglipSpec, SlidingSpec
 
 DEFAULTS = DecoderDefaults(
     layers=26,
@@ -24,22 +26,57 @@ DEFAULTS = DecoderDefaults(
     head_dim=256,
     qk_norm=True,
 )
+_TOWER = SiglipDefaults(hidden=768, heads=12, patch=16)
 _LOCAL_THETA = 10000.0
 _NORM_OFFSET = 1.0  # a norm multiplies by 1 + its stored weight
 
 
+def _spec(config: CheckpointConfig) -> ModelSpec:
+    model = Section(config.model)
+    text = model.section("text_config")
+    text.choice("model_type", "gemma3_text", ("gemma3_text",))
+    tied = model.boolean("tie_word_embeddings", True) and text.boolean("tie_word_embeddings", True)
+    tokens = read_tokens(config, model, text, image=_token(model, "image", 262144))
+    start, end = _token(model, "boi", 255999), _token(model, "eoi", 256000)
+    return ModelSpec(
+        family="gemma3",
+        decoder=dataclasses.replace(_decoder(text, tied=tied), mutual_images=True),
+        tokens=dataclasses.replace(tokens, image_start=start, image_end=end),
+        vision=_vision(model, config),
+        wide_activations=True,
+    )
+
+
+def _token(model: Section, name: str, default: int) -> int:
+    """transformers spells it either way."""
+    return model.integer(f"{name}_token_index", model.integer(f"{name}_token_id", default))
+
+
+def _vision(model: Section, config: CheckpointConfig) -> SiglipSpec:
+    vision = model.section("vision_config")
+    side = vision.integer("image_size", 224) // vision.integer("patch_size", _TOWER.patch)
+    tokens = model.integer("mm_tokens_per_image", 256)
+    tokens_side = math.isqrt(tokens)
+    if tokens_side**2 != tokens or side % tokens_side:
+        raise model.fail(
+            "mm_tokens_per_image", f"the square of a number that divides the {side} patches on a side of an image"
+        )
+    return read_siglip(vision, config.preprocessor, _TOWER, shuffle=side // tokens_side, connector="mean")
+
+
 def _text_spec(config: CheckpointConfig) -> ModelSpec:
     text = Section(config.model)
-    return ModelSpec("gemma3_text", read_gemma_decoder(text), read_tokens(config, text))
+    decoder = _decoder(text, tied=text.boolean("tie_word_embeddings", True))
+    return ModelSpec("gemma3_text", decoder, read_tokens(config, text), wide_activations=True)
 
 
-def read_gemma_decoder(text: Section) -> DecoderSpec:
+def _decoder(text: Section, *, tied: bool) -> DecoderSpec:
     text.choice("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     if text.boolean("use_bidirectional_attention", False):
         raise text.fail("use_bidirectional_attention", "false (it makes an encoder, which writes no text)")
     if "attn_logit_softcapping" in text:
         raise text.fail("attn_logit_softcapping", "null (transformers does not apply it to this architecture either)")
-    spec = read_decoder(text, DEFAULTS, tied=text.boolean("tie_word_embeddings", True))
+    spec = read_decoder(text, DEFAULTS, tied=tied)
     return dataclasses.replace(
         spec,
         rope=_rope(text, "full_attention", spec),
@@ -84,10 +121,40 @@ def _sliding_layers(text: Section, layers: int) -> tuple[bool, ...]:
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
+def _weights(spec: ModelSpec) -> tuple[Weight, ...]:
+    vision = spec.vision
+    assert isinstance(vision, SiglipSpec)
+    projection = Source("projector.mm_input_projection_weight", (vision.hidden, spec.decoder.hidden))
+    return (
+        *siglip_weights(vision),
+        plain("vision.mean_norm.weight", "projector.mm_soft_emb_norm.weight", vision.hidden, offset=_NORM_OFFSET),
+        Weight("vision.projection.weight", "linear", (projection,), transposed=True),
+        *_text_weights(spec),
+    )
+
+
 def _text_weights(spec: ModelSpec) -> tuple[Weight, ...]:
     return decoder_weights(spec.decoder, norm_offset=_NORM_OFFSET)
 
 
+FAMILY = Family(
+    name="gemma3",
+    model_types=("gemma3",),
+    prefixes=(
+        ("model.language_model.", "text."),
+        ("language_model.model.", "text."),
+        ("language_model.lm_head.", "head."),
+        ("model.vision_tower.vision_model.", "vision."),
+        ("model.vision_tower.", "vision."),
+        ("vision_tower.vision_model.", "vision."),
+        ("vision_tower.", "vision."),
+        ("model.multi_modal_projector.", "projector."),
+        ("multi_modal_projector.", "projector."),
+        ("lm_head.", "head."),
+    ),
+    spec=_spec,
+    weights=_weights,
+)
 TEXT_FAMILY = Family(
     name="gemma3_text",
     model_types=("gemma3_text",),

@@ -26,7 +26,20 @@ def siglip_graph(dialect: TowerDialect, spec: SiglipSpec, pixels: ir.Value) -> i
     # checkpoint has (19, 25, 29, ...) puts a patch into its neighbour's place.
     x = builder.op("Add", builder.reshape(x, -1, side * side, spec.hidden), dialect.weight("vision.position.weight"))
     x, _ = tower(dialect, spec, builder.reshape(x, -1, spec.hidden))
-    return dialect.linear(_pixel_shuffle(builder, x, spec), "vision.projection")
+    if spec.connector == "mean":
+        joined = dialect.layer_norm(_mean(dialect, x, spec), "vision.mean_norm", spec.norm_eps)
+    else:
+        joined = _pixel_shuffle(builder, x, spec)
+    return dialect.linear(joined, "vision.projection")
+
+
+def _mean(dialect: TowerDialect, x: ir.Value, spec: SiglipSpec) -> ir.Value:
+    """shuffle x shuffle neighbouring patches become their mean, summed in fp32."""
+    builder, side, factor = dialect.builder, spec.tile // spec.patch, spec.shuffle
+    x = builder.op("Cast", x, to=int(ir.DataType.FLOAT))
+    x = builder.reshape(x, -1, side // factor, factor, side // factor, factor, spec.hidden)
+    x = builder.op("ReduceMean", x, builder.constant([2, 4], np.int64), keepdims=0)
+    return dialect.activations(builder.reshape(x, -1, spec.hidden))
 
 
 def _pixel_shuffle(builder: GraphBuilder, x: ir.Value, spec: SiglipSpec) -> ir.Value:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.preprocess.decode import decode_image, image_size
 from engine.preprocess.detail import DetailedProcessor, low_detail
+from engine.preprocess.gemma3 import Gemma3Processor
 from engine.preprocess.image_input import Grid, ImageInput, ImageProcessor
 from engine.preprocess.qwen2_vl import Qwen2VLProcessor
 from engine.preprocess.settings import Settings, read_settings
@@ -37,5 +38,7 @@ def image_processor(folder: Path, spec: ModelSpec) -> DetailedProcessor:
 def _of(settings: Settings, spec: ModelSpec) -> ImageProcessor:
     assert spec.vision is not None, "This is a bug: a text-only model has no image processor."
     if isinstance(spec.vision, SiglipSpec):
+        if spec.vision.connector == "mean":
+            return Gemma3Processor(settings, spec.vision)
         return SmolVLMProcessor(settings, spec.vision)
     return Qwen2VLProcessor(settings, spec.vision)

@@ -25,6 +25,7 @@ class ImageInput:
     | kind     | `pixels` (uint8)                           | `grid`                                           |
     |----------|--------------------------------------------|--------------------------------------------------|
     | smolvlm  | [tiles, 3, side, side]: row-major, global last | (1, rows, columns); rows = columns = 0 when unsplit |
+    | gemma3   | [1, 3, side, side]                         | (1, 0, 0)                                        |
     | qwen2_vl | [3, height, width]                         | (1, patches down, patches across)                |
 
     `tokens` is the number of placeholder tokens the image fills. `key` (32 bytes) names image file, processor settings

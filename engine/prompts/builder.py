@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engine.errors import CheckpointError, ContextOverflow, InvalidRequest
 from engine.preprocess import ImageInput, image_processor
 from engine.prompts.detokenize import Detokenizer
-from engine.prompts.placeholders import placeholder
+from engine.prompts.placeholders import ImageWords, placeholder
 from engine.prompts.positions import Grid, mrope_positions, text_positions
 from engine.prompts.prompt import ImageSpan, Prompt
 from engine.prompts.template import ChatTemplate, count_images
@@ -39,7 +39,7 @@ class PromptBuilder:
         self._spec = spec
         self._template = ChatTemplate(folder, has_images=spec.vision is not None)
         self._images = image_processor(folder, spec) if spec.vision else None
-        self._image_token = self._find_image_token(folder)
+        self._words = self._find_image_words(folder)
         self._bos = special_tokens(folder).get("bos_token")
         self._prefix = self.tokenizer.prefix() if spec.vision else []
 
@@ -62,6 +62,7 @@ class PromptBuilder:
             positions=positions,
             position_delta=delta,
             image_spans=spans,
+            whole_images=self._spec.decoder.mutual_images,
             image_tokens=int(is_image.sum()),
         )
 
@@ -115,14 +116,14 @@ class PromptBuilder:
             )
 
     def _place_images(self, rendered: str, layouts: Sequence[tuple[int, Grid]]) -> tuple[str, list[list[int]]]:
-        if self._image_token is None:
+        if self._words is None:
             return rendered, []
-        texts = rendered.split(self._image_token)
+        texts = rendered.split(self._words.shown)
         if len(texts) - 1 != len(layouts):
             raise InvalidRequest(
                 f"this model's chat template shows {len(texts) - 1} of {len(layouts)} images; put them in user messages"
             )
-        placed = [placeholder(self._spec, self._image_token, *layout) for layout in layouts]
+        placed = [placeholder(self._spec, self._words, *layout) for layout in layouts]
         joined = "".join(itertools.chain(*zip(texts, [text for text, _ in placed], strict=False))) + texts[-1]
         return joined, [runs for _, runs in placed]
 
@@ -150,18 +151,25 @@ class PromptBuilder:
         grids = [(image.grid[0], image.grid[1] // merge, image.grid[2] // merge) for image in images]
         return mrope_positions(length, [span.start for span in spans], grids)
 
-    def _find_image_token(self, folder: Path) -> str | None:
+    def _find_image_words(self, folder: Path) -> ImageWords | None:
         if self._images is None:
             return None
-        token = self._spec.tokens.image
+        tokens = self._spec.tokens
+        around = (tokens.image_start, tokens.image_end)
+        words = ImageWords(
+            self._special(tokens.image, folder), *(self._special(t, folder) for t in around if t is not None)
+        )
+        shown = self._template.render([Message("user", (Image(b""), Text("?")))]).count(words.shown)
+        if shown != 1:
+            raise CheckpointError(f"the chat template in {folder} writes {words.shown} {shown} times for one image")
+        return words
+
+    def _special(self, token: int | None, folder: Path) -> str:
         text = None if token is None else self.tokenizer.token(token)
         if token is None or text is None or not self.tokenizer.is_special(token):
             raise CheckpointError(
                 f"config.json's image token {token} is no special token of {folder / 'tokenizer.json'}"
             )
-        shown = self._template.render([Message("user", (Image(b""), Text("?")))]).count(text)
-        if shown != 1:
-            raise CheckpointError(f"the chat template in {folder} writes {text} {shown} times for one image")
         return text
 
 

@@ -19,7 +19,8 @@ class ImageSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """`token_ids` int64 [T], image placeholders expanded.
+    """`token_ids` int64 [T], image placeholders expanded. With `whole_images` an image's tokens are computed in one
+    piece that holds nothing else, because each of them sees all of them.
 
     `feature_index` int64 [T] is the row in the request's image features, concatenated in order; -1 for text.
     `positions` int64 [axes, T] are rotary positions; the generated token at index t of the sequence has position
@@ -32,3 +33,17 @@ class Prompt:
     position_delta: int
     image_spans: tuple[ImageSpan, ...]
     image_tokens: int
+    whole_images: bool = False
+
+    def piece_end(self, start: int, stop: int) -> int:
+        """Where a piece of the prompt from `start` to about `stop` ends: the rest of an image is one, of any size."""
+        for span in self.image_spans if self.whole_images else ():
+            if span.start <= start < span.stop:
+                return span.stop
+            if start < span.start < stop:
+                return span.start
+        return stop
+
+    def cuts_image(self, place: int) -> bool:
+        """Whether a piece that ends at `place` would leave a part of an image to the next."""
+        return self.whole_images and any(span.start < place < span.stop for span in self.image_spans)

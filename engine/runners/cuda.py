@@ -279,6 +279,7 @@ def _packed_step(plan: StepPlan, kv: PagedKVCache, features: dict[PrefillChunk, 
         slots=rows[wanted],
         features=_joined(list(features.values())),
         feature_index=_feature_index(plan, features, decoding) if features else None,
+        mutual=any(chunk.is_whole_image for chunk in plan.prefill),
     )
 
 

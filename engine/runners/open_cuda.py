@@ -27,7 +27,7 @@ from engine.sampling.device import DeviceSampler
 from engine.sampling.device_torch import TorchSampling
 from engine.scheduling.paged import PagedKVCache
 from engine.scheduling.scheduler import Scheduler, StepLimits
-from engine.spec import FloatType, Precision
+from engine.spec import FloatType, ModelSpec, Precision, SiglipSpec
 from engine.stats import ModelMemory, resident_bytes
 
 _PREFILL_TOKENS = 1024
@@ -69,11 +69,11 @@ def _open(
     name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int, parts: Parts | None
 ) -> Replica:
     spec, slots = artifact.spec, config.max_batch_size
-    activations = activation_type(artifact.precision, spec.dtype)
+    activations = activation_type(artifact.precision, spec.half)
     dtype = torch_type(activations)
     before = torch.cuda.mem_get_info(device)[0]
     int8_cache = config.kv_precision == "int8"
-    prefill_tokens = config.prefill_chunk or _PREFILL_TOKENS
+    prefill_tokens = max(config.prefill_chunk or _PREFILL_TOKENS, whole_image_tokens(spec))
     step_tokens = prefill_tokens + slots
     block_size = kv_block_size(spec.decoder.head_dim)
     sessions = open_sessions(
@@ -91,6 +91,7 @@ def _open(
         paged=sessions.paged,
         cache_scales=sessions.cache_scales,
         decoding=sessions.decoding,
+        mutual=sessions.mutual,
     )
     open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
     if tower is not None:
@@ -141,8 +142,8 @@ def _digest(float_inputs: frozenset[str]) -> str:
     return f" wide {xxhash.xxh3_64_hexdigest(' '.join(sorted(float_inputs)).encode())}" if float_inputs else ""
 
 
-def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:
-    """int8 weights are multiplied with activations of the checkpoint's 16-bit type."""
+def activation_type(precision: Precision, half: FloatType) -> FloatType:
+    """int8 weights are multiplied with activations of the model's 16-bit type, `half`."""
     match precision:
         case "fp16":
             return "float16"
@@ -151,7 +152,15 @@ def activation_type(precision: Precision, checkpoint: FloatType) -> FloatType:
         case "fp32":
             return "float32"
         case "int8":
-            return "bfloat16" if checkpoint == "bfloat16" else "float16"
+            return "bfloat16" if half == "bfloat16" else "float16"
+
+
+def whole_image_tokens(spec: ModelSpec) -> int:
+    """The tokens of an image that is one chunk whatever the budget; a step must hold them."""
+    if not spec.decoder.mutual_images:
+        return 0
+    assert isinstance(spec.vision, SiglipSpec), "This is a bug: the size of an image's chunk is not known."
+    return spec.vision.tokens_per_tile
 
 
 def kv_block_size(head_dim: int) -> int:

@@ -26,12 +26,13 @@ from engine.spec import FloatType
 @dataclass(frozen=True, slots=True)
 class Sessions:
     """`decoding` runs captured decode steps where they have a graph of their own; `cache_scales` belong to int8 KV.
-    `paged` as the graphs were made.
+    `paged` as the graphs were made. `mutual` runs steps of images whose tokens see each other in both directions.
     """
 
     packed: CudaSession
     paged: bool
     decoding: CudaSession | None
+    mutual: CudaSession | None
     tower: CudaEncoder | None
     cache_scales: Mapping[str, torch.Tensor] | None
     fusion: Fusion
@@ -76,5 +77,6 @@ def open_sessions(
     )
     packed = open_session(make_graph())
     decoding = open_session(make_graph(decode=True)) if fusion.attention else None
+    mutual = open_session(make_graph(mutual=True)) if spec.decoder.mutual_images else None
     weight_bytes = weights.nbytes + (tower.weight_bytes if tower is not None else 0)
-    return Sessions(packed, paged, decoding, tower, scales, fusion, weight_bytes)
+    return Sessions(packed, paged, decoding, mutual, tower, scales, fusion, weight_bytes)

@@ -58,7 +58,7 @@ class RowBinding(Binding):
         self._mutual_images = spec.mutual_images
         self._sliding_window = spec.sliding.window if spec.sliding else 0
         if spec.mutual_images:  # what stays bound but while an image is computed
-            self._is_text = np.zeros((), np.bool_)
+            self._text, self._image = np.zeros((), np.bool_), np.ones((), np.bool_)
             self._no_window = np.zeros((1, 1, 1, 1), np.float32)
             self._bind_text()
 
@@ -94,14 +94,14 @@ class RowBinding(Binding):
         self._place(np.array([last], np.int32))
 
     def _bind_text(self) -> None:
-        self.input(DecoderInputs.IS_IMAGE, self._is_text)
+        self.input(DecoderInputs.IS_IMAGE, self._text)
         self.input(DecoderInputs.IMAGE_WINDOW, self._no_window)
 
     def _bind_image(self, start: int, stop: int) -> None:
         """Tokens [start, stop) see all of each other, and before them what the window of sliding layers holds."""
         queries, keys = np.arange(start, stop)[:, None], np.arange(stop)
         window = np.where(keys > queries - self._sliding_window, np.float32(0), np.float32(-np.inf))
-        self.input(DecoderInputs.IS_IMAGE, ~self._is_text)
+        self.input(DecoderInputs.IS_IMAGE, self._image)
         self.input(DecoderInputs.IMAGE_WINDOW, window[None, None])
 
     def decode(

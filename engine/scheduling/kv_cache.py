@@ -145,6 +145,8 @@ class KVCache:
             if kept is None:
                 break
             matched.append(kept.values)
+        while matched and sequence.prompt.cuts_image(len(matched) * BLOCK):
+            matched.pop()
         self._touch(hashes[: len(matched)])
         return matched
 

@@ -110,6 +110,8 @@ class PagedKVCache:
             if block is None:
                 break
             matched.append(block)
+        while matched and sequence.prompt.cuts_image(len(matched) * self.block_size):
+            matched.pop()
         return matched
 
     def _use(self, block: int) -> None:

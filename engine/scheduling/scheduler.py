@@ -61,8 +61,9 @@ class StepLimits:
     """What one step may take on.
 
     `prefill_tokens` is the budget of prefill. With `aligned_chunks` chunks end at multiples of it, whatever else runs,
-    so that alone and batched compute the same pieces; without, they fill the budget. `image_tokens` bounds one encoder
-    batch: the images of a large one wait for each other.
+    so that alone and batched compute the same pieces; without, they fill the budget, and all chunks of a step go into
+    one call, which has either whole images or text. `image_tokens` bounds one encoder batch: the images of a large one
+    wait for each other.
     """
 
     prefill_tokens: int
@@ -78,6 +79,11 @@ class PrefillChunk:
     start: int
     stop: int
     gives_token: bool
+
+    @property
+    def is_whole_image(self) -> bool:
+        """The tokens see each other in both directions: `Prompt.whole_images`."""
+        return self.sequence.prompt.whole_images and bool(self.images)
 
     @property
     def images(self) -> list[int]:
@@ -227,9 +233,14 @@ class Scheduler:
                 continue
             stop = self._chunk_end(sequence, budget)
             tokens = stop - sequence.computed
-            if tokens and (tokens <= budget or not plan.prefill):
-                plan.prefill.append(PrefillChunk(sequence, sequence.computed, stop, stop == sequence.length))
+            chunk = PrefillChunk(sequence, sequence.computed, stop, stop == sequence.length)
+            if tokens and (tokens <= budget or not plan.prefill) and self._goes_with(chunk, plan.prefill):
+                plan.prefill.append(chunk)
                 budget -= tokens
+
+    def _goes_with(self, chunk: PrefillChunk, others: list[PrefillChunk]) -> bool:
+        apart = self._limits.aligned_chunks  # each chunk has a call of its own
+        return apart or not others or others[0].is_whole_image == chunk.is_whole_image
 
     def _plan_images(self, plan: StepPlan, prefilling: list[Sequence]) -> None:
         """Images by the age of who waits for them, up to the limit; at least one."""
@@ -249,4 +260,5 @@ class Scheduler:
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         size = self._limits.prefill_tokens
         stop = (sequence.computed // size + 1) * size if self._limits.aligned_chunks else sequence.computed + budget
+        stop = sequence.prompt.piece_end(sequence.computed, stop) if stop > sequence.computed else stop
         return min(stop, sequence.prefill_end, *sequence.pauses[:1])

@@ -51,7 +51,7 @@ class FakeGpu:
 
     def open(self, name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
         spec, slots = artifact.spec, config.max_batch_size
-        activations = activation_type(artifact.precision, spec.dtype)
+        activations = activation_type(artifact.precision, spec.half)
         weights = DeviceWeights(artifact, CPU)
         context_length = min(spec.decoder.context_length, self.blocks * self.block_size)
         make_graph = partial(cuda_decoder, artifact, activations, context_length, paged=self.paged, fusion=self.fusion)
@@ -69,6 +69,7 @@ class FakeGpu:
             step_tokens=self.prefill_tokens + slots,
             paged=self.paged,
             decoding=_session(make_graph(decode=True), weights) if self.fusion.attention else None,
+            mutual=_session(make_graph(mutual=True), weights) if spec.decoder.mutual_images else None,
         )
         decoder.capture()
         kv = PagedKVCache(slots=slots, blocks=self.blocks, block_size=self.block_size, context_length=context_length)
@@ -94,7 +95,7 @@ def _session(graph: CudaGraph, weights: DeviceWeights) -> ReferenceSession:
 def _tower(artifact: Artifact, config: EngineConfig) -> CudaEncoder | None:
     if artifact.spec.vision is None:
         return None
-    activations = activation_type(artifact.precision, artifact.spec.dtype)
+    activations = activation_type(artifact.precision, artifact.spec.half)
     graph = cuda_tower(artifact, activations)
     return CudaEncoder(_session(graph, DeviceWeights(artifact, CPU)), artifact.spec, activations, CPU)
 

@@ -20,7 +20,7 @@ from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.spec import FloatType, Precision
 from tests.cuda.cpu_provider import CpuProviderSession
 from tests.cuda.reference import ReferenceSession
-from tests.runtime.cases import Case
+from tests.runtime.cases import Case, pieces
 from tests.runtime.conftest import Tiny
 
 CPU = torch.device("cpu")
@@ -65,17 +65,13 @@ class Paged:
         )
         graph = make_graph()
         on_device = DeviceWeights(artifact, CPU)
-        weights = on_device.upload(graph.weights)
         decoding = None
         if fusion.attention:
             decode_graph = make_graph(decode=True)
             opened = open_decoding or (lambda graph, weights, folder: ReferenceSession(graph.model, weights))
             decoding = opened(decode_graph, on_device.upload(decode_graph.weights), artifact.folder)
-        self.session: GraphSession = (
-            CpuProviderSession(graph, weights, artifact.folder)
-            if cpu_provider
-            else ReferenceSession(graph.model, weights)
-        )
+        self._cpu_provider, self._folder = cpu_provider, artifact.folder
+        self.session = self._open(graph, on_device)
         self.dtype = torch_type(activations)
         self.slot_tokens = torch.zeros(SLOTS + 1, dtype=torch.int32)
         columns = -(-CONTEXT // BLOCK)
@@ -92,14 +88,37 @@ class Paged:
             paged=paged,
             cache_scales=scales,
             decoding=decoding,
+            mutual=self._open(make_graph(mutual=True), on_device) if tiny.spec.decoder.mutual_images else None,
         )
         for cache in self.decoder._caches.values():
             cache.fill_(-128 if scales else torch.nan)  # what nobody wrote is not read
         order = np.random.default_rng(0).permutation(SLOTS * columns) + 1
         self._tables = order.reshape(SLOTS, columns).astype(np.int32)
 
+    def _open(self, graph: CudaGraph, on_device: DeviceWeights) -> GraphSession:
+        weights = on_device.upload(graph.weights)
+        if self._cpu_provider:
+            return CpuProviderSession(graph, weights, self._folder)
+        return ReferenceSession(graph.model, weights)
+
     def step(self, *parts: Part) -> NDArray[np.float32]:
-        """One packed call."""
+        """One packed call, or as many as it takes to keep whole images apart from other prefill."""
+        spec = self.decoder.spec
+        if not spec.mutual_images:
+            return self._call(parts)
+        left = [list(pieces(spec, part.case, part.start, part.stop)) for part in parts]
+        logits: dict[int, NDArray[np.float32]] = {}
+        while any(left):
+            ready = [number for number, rest in enumerate(left) if rest]
+            chosen = {number: Part(parts[number].slot, parts[number].case, *left[number][0]) for number in ready}
+            kind = _is_image(chosen[ready[0]])
+            together = [n for n, part in chosen.items() if _is_image(part) == kind or part.stop - part.start == 1]
+            for number, row in zip(together, self._call([chosen[n] for n in together], mutual=kind), strict=True):
+                del left[number][0]
+                logits[number] = row
+        return np.stack([logits[number] for number in range(len(parts))])
+
+    def _call(self, parts: Sequence[Part], *, mutual: bool = False) -> NDArray[np.float32]:
         slots = np.array([part.slot for part in parts], np.int32)
         counts = np.array([part.stop - part.start for part in parts], np.int32)
         past = np.array([part.start for part in parts], np.int32)
@@ -116,10 +135,15 @@ class Paged:
             slots=slots,
             features=features,
             feature_index=index,
+            mutual=mutual,
         )
         logits, given = self.decoder.run(step)
         assert given.tolist() == slots.tolist()
         return logits.float().numpy().copy()
+
+
+def _is_image(part: Part) -> bool:
+    return bool(part.case.feature_index[part.start] >= 0)
 
 
 def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:

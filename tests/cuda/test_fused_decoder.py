@@ -22,7 +22,7 @@ FUSIONS = [
     Fusion(linear=False, attention=True),
     Fusion(linear=True, attention=True),
 ]
-UNFUSED = {"gemma3_text"}  # whose layers our operators do not compute
+UNFUSED = {"gemma3", "gemma3_text"}  # whose layers our operators do not compute
 NOISE: list[tuple[FloatType, float]] = [("float16", 6e-2), ("bfloat16", 1e-1)]  # int8 weights, and int8 rows
 
 

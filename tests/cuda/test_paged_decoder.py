@@ -8,7 +8,7 @@ import pytest
 from engine.spec import FloatType, Precision
 from tests.cuda.paged import Paged, Part
 from tests.runtime.cases import relative_error
-from tests.runtime.conftest import PROMPT, STEPS, Tiny, tiny, tiny_mrope
+from tests.runtime.conftest import PROMPT, STEPS, Tiny, make_tiny, tiny, tiny_mrope
 
 __all__ = ["tiny", "tiny_mrope"]
 
@@ -39,6 +39,19 @@ def test_three_positions_that_differ_turn_as_in_the_reference(
 
 def test_plain_operators_write_the_cache_in_place_in_onnx_runtime(tiny: Tiny) -> None:
     assert _mixed_steps(tiny, Paged(tiny, "fp32", "float32", cpu_provider=True)) < 1e-4
+
+
+@pytest.mark.parametrize(("precision", "activations", "limit"), PRECISIONS)
+def test_a_row_decodes_beside_an_image_that_sees_itself(
+    tmp_path_factory: pytest.TempPathFactory, precision: Precision, activations: FloatType, limit: float
+) -> None:
+    tiny = make_tiny("gemma3", tmp_path_factory)
+    case, other = tiny.case, tiny.text_case(60, 3)
+    paged = Paged(tiny, precision, activations)
+    paged.step(Part(0, other, 0, 30), Part(2, case, 0, 4))
+    found = [paged.step(Part(2, case, 4, 20), Part(0, other, 30, 31)), paged.step(Part(2, case, 20, 50))]
+    wanted = np.stack([case.logits[19], other.logits[30], case.logits[49]])
+    assert relative_error(np.concatenate(found), wanted) < limit
 
 
 def _mixed_steps(tiny: Tiny, paged: Paged) -> float:

@@ -245,6 +245,27 @@ def test_bfloat16_on_a_gpu_without_it_is_refused() -> None:
         resolve_precision(EngineConfig(precision="bf16"), Devices((H100, T4)), "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("asked", "gpus", "precision"),
+    [("auto", (H100,), "bf16"), ("int8", (H100,), "int8"), ("bf16", (H100,), "bf16"), ("auto", (), "int8"),
+     ("fp32", (T4,), "fp32")],
+)  # fmt: skip
+def test_activations_too_large_for_float16_get_bfloat16(
+    asked: PrecisionSetting, gpus: tuple[Gpu, ...], precision: str
+) -> None:
+    config = EngineConfig(precision=asked)
+    assert resolve_precision(config, Devices(gpus), "float16", wide_activations=True) == precision
+
+
+def test_float16_is_refused_where_it_does_not_hold_the_activations() -> None:
+    config = EngineConfig(precision="fp16")
+    with pytest.raises(InvalidConfig, match="fp16 does not hold this model's activations.*choose bf16 or int8"):
+        resolve_precision(config, Devices((H100,)), "bfloat16", wide_activations=True)
+    for chosen in ("auto", "int8"):
+        with pytest.raises(InvalidConfig, match="need bf16, and T4 is too old"):
+            resolve_precision(EngineConfig(precision=chosen), Devices((H100, T4)), "bfloat16", wide_activations=True)
+
+
 def test_this_machines_packages_bring_every_library_that_cuda_needs() -> None:
     probe = device.machine_probe()
     assert probe.torch_cuda()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.spec import DecoderSpec, ModelSpec, QwenVisionSpec, RopeSpec, SiglipSpec, TokenIds
 
 TEXT_ROPE = RopeSpec(inv_freq=(1.0,) * 4)
@@ -21,6 +23,20 @@ def siglip_spec(tile: int, *, patch: int, shuffle: int, image: int | None = None
         shuffle=shuffle,
     )  # fmt: skip
     return ModelSpec("smolvlm", decoder_spec(), TokenIds(eos=(2,), pad=0, image=image), vision)
+
+
+def gemma3_spec(
+    tile: int, *, patch: int, shuffle: int, start: int | None = None, end: int | None = None, image: int | None = None
+) -> ModelSpec:
+    spec = siglip_spec(tile, patch=patch, shuffle=shuffle)
+    assert isinstance(spec.vision, SiglipSpec)
+    return replace(
+        spec,
+        family="gemma3",
+        decoder=replace(spec.decoder, mutual_images=True),
+        tokens=TokenIds(eos=(1,), pad=0, image=image, image_start=start, image_end=end),
+        vision=replace(spec.vision, connector="mean"),
+    )
 
 
 def qwen_spec(patch: int = 14, merge: int = 2, temporal: int = 2, image: int | None = None) -> ModelSpec:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -17,7 +18,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from engine.errors import CheckpointError, InvalidImage
 from engine.preprocess import ImageInput, ImageProcessor, image_processor, read_settings
 from engine.spec import QwenVisionSpec
-from tests.preprocess.specs import qwen_spec, siglip_spec
+from tests.preprocess.specs import gemma3_spec, qwen_spec, siglip_spec
 from tests.runtime.cases import still_patches
 
 RAW = {"do_rescale": False, "do_normalize": False}
@@ -131,6 +132,33 @@ def test_qwen_takes_other_patch_sizes(tmp_path: Path) -> None:
     processor = image_processor(saved(tmp_path, reference), qwen_spec(patch=4, merge=3, temporal=1))
     wanted = reference(picture(61, 130), return_tensors="np", **RAW)["pixel_values"]
     assert np.array_equal(patches(processor.process(picture(61, 130), b""), 4, 3, 1), wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"resample": 3}, {"do_pan_and_scan": True}])
+def test_gemma_squares_are_those_of_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
+    reference = Gemma3ImageProcessorPil(size={"height": 64, "width": 64}, **settings)
+    processor = image_processor(saved(tmp_path, reference), gemma3_spec(64, patch=8, shuffle=2))
+    for size in SIZES:
+        # The model's processor says False unless a caller asks, whatever the settings are.
+        wanted = reference(picture(*size), return_tensors="np", do_pan_and_scan=False, **RAW)
+        found = processor.process(picture(*size), b"file")
+        assert found.pixels.dtype == np.uint8
+        assert np.array_equal(found.pixels, wanted["pixel_values"]), size
+        assert (found.tokens, found.grid) == processor.count(*size) == (16, (1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"size": {"height": 32, "width": 64}}, "size is 32 x 64 pixels, but config.json's vision tower takes 64 x 64"),
+        ({"size": {"longest_edge": 64}}, "size is 0 x 0 pixels"),
+        ({"size": {"height": 64, "width": 64}, "do_resize": False}, "do_resize is False"),
+    ],
+)
+def test_gemma_settings_that_do_not_fit_are_named(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    write(tmp_path, "preprocessor_config.json", settings)
+    with pytest.raises(CheckpointError, match=named):
+        image_processor(tmp_path, gemma3_spec(64, patch=8, shuffle=2))
 
 
 def test_qwen_refuses_what_is_far_longer_than_wide(tmp_path: Path) -> None:

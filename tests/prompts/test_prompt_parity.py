@@ -78,6 +78,11 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 @pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return checkpoints.gemma3(tmp_path_factory.mktemp("gemma3"))
+
+
+@pytest.fixture(scope="module")
 def qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return checkpoints.qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
 
@@ -96,6 +101,29 @@ def test_smolvlm_prompts_are_those_of_transformers(seed: int, smolvlm: Reference
     assert prompt.positions.tolist() == [list(range(len(prompt.token_ids)))]
     assert prompt.position_delta == 0
     assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_gemma3_prompts_are_those_of_transformers(seed: int, gemma3: Reference) -> None:
+    messages, pictures = conversation(np.random.default_rng(seed), seed % 5)
+    builder = PromptBuilder(gemma3.folder, gemma3.spec)
+    images = inputs(gemma3, pictures)
+    prompt = builder.build(messages, images)
+    text = gemma3.processor.apply_chat_template(as_dicts(messages), add_generation_prompt=True)
+    wanted = gemma3.processor(
+        text=[text], images=[pictures] if pictures else None, return_tensors="np", add_special_tokens=False
+    )
+    assert prompt.token_ids.tolist() == wanted["input_ids"][0].tolist()
+    assert prompt.whole_images
+    is_image = np.zeros(len(prompt.token_ids), np.int64)
+    for span in prompt.image_spans:
+        is_image[span.start : span.stop] = 1
+    assert is_image.tolist() == wanted["token_type_ids"][0].tolist()
+    assert_consistent(prompt, images, 7)
+    assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+    if pictures:
+        raw = gemma3.processor.image_processor(pictures, do_rescale=False, do_normalize=False, return_tensors="np")
+        assert np.array_equal(np.concatenate([image.pixels for image in images]), raw["pixel_values"])
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from engine.runtime import Decoder
 from engine.runtime.vision_layout import cut_patches
-from engine.spec import ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
+from engine.spec import DecoderSpec, ModelSpec, PixelNorm, QwenVisionSpec, SiglipSpec
 from tests.runtime.models import IMAGE_TOKEN
 
 VISION_START, VISION_END = 95, 96
@@ -110,7 +110,10 @@ def _reference_inputs(
     assert spec.vision is not None
     if isinstance(spec.vision, SiglipSpec):
         pixels = np.concatenate([image.pixels for image in images])
-        return {"pixel_values": torch.tensor(_normalise(pixels.swapaxes(1, 3), spec.vision.norm).swapaxes(1, 3))[None]}
+        values = torch.tensor(_normalise(pixels.swapaxes(1, 3), spec.vision.norm).swapaxes(1, 3))
+        if spec.decoder.mutual_images:
+            return {"pixel_values": values, "token_type_ids": types}
+        return {"pixel_values": values[None]}
     channels = np.concatenate([still_patches(spec.vision, image.pixels) for image in images])
     patches = _normalise(channels.swapaxes(1, 2), spec.vision.norm).swapaxes(1, 2).reshape(len(channels), -1)
     grid = torch.tensor([image.grid for image in images])
@@ -129,7 +132,7 @@ def _normalise(pixels: NDArray[np.uint8], norm: PixelNorm) -> NDArray[np.float32
 
 
 def _reference_features(model: PreTrainedModel, inputs: dict[str, Any]) -> NDArray[np.float32]:
-    pixels = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    pixels = {name: value for name, value in inputs.items() if not name.endswith("token_type_ids")}
     result = model.model.get_image_features(**pixels)
     output = result.pooler_output
     output = torch.cat(list(output)) if isinstance(output, list | tuple) else output
@@ -144,11 +147,24 @@ def prefill(
     """Logits of all tokens in [start, stop), computed `chunk` at a time."""
     features = case.features if features is None else features
     parts = []
-    for begin in range(start, stop, chunk):
-        part = slice(begin, min(begin + chunk, stop))
+    for begin, end in pieces(decoder.spec, case, start, stop, chunk):
+        part = slice(begin, end)
         inputs = (case.token_ids[part], case.positions[:, part], features, case.feature_index[part])
         parts.append(decoder.prefill(row, begin, *inputs, logits="all"))
     return np.concatenate(parts)
+
+
+def pieces(spec: DecoderSpec, case: Case, start: int, stop: int, chunk: int = 1 << 30) -> Iterator[tuple[int, int]]:
+    """[start, stop) in chunks; an image whose tokens attend to each other both ways is one, whatever its size."""
+    is_image = case.feature_index >= 0
+    turns = np.flatnonzero(np.diff(is_image)) + 1
+    while start < stop:
+        end = min(start + chunk, stop)
+        if spec.mutual_images:
+            turn = int(next((place for place in turns if place > start), stop))
+            end = min(turn, stop if is_image[start] else end)
+        yield start, end
+        start = end
 
 
 def decode(decoder: Decoder, steps: Sequence[tuple[int, Case, int]]) -> NDArray[np.float32]:

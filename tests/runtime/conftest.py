@@ -27,6 +27,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: models.qwen2(num_key_value_heads=4, tie_word_embeddings=True),
     "qwen3": models.qwen3,
     "qwen3_vl": models.qwen3_vl,
+    "gemma3": models.gemma3,
     "gemma3_text": models.gemma3_text,
     "qwen3_5": models.qwen3_5,
     "qwen3_5_text": lambda: models.qwen3_5_text(linear_num_value_heads=2, tie_word_embeddings=True),
@@ -41,6 +42,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "qwen2": [],
     "qwen3": [],
     "qwen3_vl": [(6, 10), (2, 2), (4, 6), (2, 12)],
+    "gemma3": [(0, 0), (0, 0)],
     "gemma3_text": [],
     "qwen3_5": [(6, 10), (2, 2), (4, 6), (2, 12)],
     "qwen3_5_text": [],
@@ -97,7 +99,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.fixture(scope="session", params=["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3"])
 def tiny_vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(request.param, tmp_path_factory)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -162,6 +164,20 @@ def gemma3_text(**changes: Any) -> PreTrainedModel:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3TextConfig(**_gemma3(layer_types=kinds, num_hidden_layers=3, **changes))
     return Gemma3ForCausalLM(config)
+
+
+def gemma3() -> PreTrainedModel:
+    """Images of 16 tokens, more than the sliding layers' window holds; patches are averaged by twos."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3Config(
+        text_config=_gemma3(layer_types=kinds, num_hidden_layers=3),
+        vision_config=_siglip() | {"vision_use_head": False},
+        mm_tokens_per_image=16,
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=95,
+        eoi_token_index=96,
+    )
+    return Gemma3ForConditionalGeneration(config)
 
 
 def _gemma3(**changes: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from engine.checkpoints import Checkpoint, open_artifact
 from engine.runtime import Decoder
 from engine.spec import Precision
 from tests.runtime import models
-from tests.runtime.cases import decode, decode_again, make_case, pictures, prefill, relative_error
+from tests.runtime.cases import decode, decode_again, make_case, pictures, pieces, prefill, relative_error
 from tests.runtime.conftest import CONTEXT, PROMPT, ROWS, Tiny
 
 both_precisions = pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -73,8 +73,7 @@ def test_prompts_computed_beside_decode_steps_change_nothing(tiny: Tiny, precisi
     with ThreadPoolExecutor(2) as pool:
         for chunk in (7, 32, 1) * 2:
             parts: dict[int, list[NDArray[np.float32]]] = {1: [], 3: []}
-            for start in range(0, PROMPT, chunk):
-                stop = min(start + chunk, PROMPT)
+            for start, stop in pieces(tiny.spec.decoder, case, 0, PROMPT, chunk):
                 for row in parts:
                     decoder.announce(row, stop)
                 beside = {row: pool.submit(prefill, decoder, row, case, start, stop) for row in parts}

@@ -9,16 +9,25 @@ import pytest
 from engine.errors import InvalidConfig
 from engine.runtime import Decoder, Encoder
 from engine.runtime.kv_memory import KVMemory
-from tests.runtime.cases import decode, decode_again, prefill
-from tests.runtime.conftest import CONTEXT, Tiny
+from tests.runtime.cases import decode, decode_again, pieces, prefill
+from tests.runtime.conftest import CONTEXT, Tiny, make_tiny
 
 
 def test_a_middle_chunk_gives_no_logits_and_a_last_one_those_of_its_last_token(tiny_vlm: Tiny) -> None:
     case, decoder = tiny_vlm.case, tiny_vlm.decoder("int8")
-    every = prefill(decoder, 0, case, 0, 40)
+    for start, stop in pieces(tiny_vlm.spec.decoder, case, 0, 40):  # one piece, if images are not apart
+        every, part = prefill(decoder, 0, case, start, stop), slice(start, stop)
+        inputs = (case.token_ids[part], case.positions[:, part], case.features, case.feature_index[part])
+        assert decoder.prefill(1, start, *inputs, logits=False).shape == (0, tiny_vlm.spec.decoder.vocab)
+        assert np.array_equal(decoder.prefill(1, start, *inputs, logits=True), every[-1:])
+
+
+def test_images_that_see_themselves_are_not_mixed_with_text(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tiny = make_tiny("gemma3", tmp_path_factory)
+    case, decoder = tiny.case, tiny.decoder("fp32")
     inputs = (case.token_ids[:40], case.positions[:, :40], case.features, case.feature_index[:40])
-    assert decoder.prefill(1, 0, *inputs, logits=False).shape == (0, tiny_vlm.spec.decoder.vocab)
-    assert np.array_equal(decoder.prefill(1, 0, *inputs, logits=True), every[-1:])
+    with pytest.raises(ValueError, match="32 tokens of an image in one call with 8 of text"):
+        decoder.prefill(0, 0, *inputs, logits=True)
 
 
 def test_a_row_can_be_filled_to_the_last_place_and_others_go_on(tiny_vlm: Tiny) -> None:

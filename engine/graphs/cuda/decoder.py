@@ -28,8 +28,12 @@ def cuda_decoder(
     int8_cache: bool = False,
     fusion: Fusion = STOCK,
     decode: bool = False,
+    mutual: bool = False,
 ) -> CudaGraph:
     """A model for positions below `positions`; with `decode` for steps of one token for each sequence.
+
+    With `mutual` the new tokens of a sequence see each other in both directions, as those of an image do in models that
+    are made so: it is for steps in which whoever has more than one has an image's, from its first to its last.
 
     Its attention is PagedAttention, which a device has in 16 bits, or unless `paged` plain operators, or in a graph for
     decoding what `fusion` says. PagedAttention with int8 keys and values takes the operator's fast kernels for decoding
@@ -46,11 +50,11 @@ def cuda_decoder(
     attention: DecoderAttention
     if not paged:
         assert not int8_cache, "This is a bug: attention in plain operators keeps no int8."
-        attention = UnfusedAttention(builder, spec, positions)
+        attention = UnfusedAttention(builder, spec, positions, mutual=mutual)
     elif decode and fusion.attention:
         attention = FusedDecodeAttention(builder, spec, positions, int8_cache=int8_cache)
     else:
-        attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache)
+        attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache, mutual=mutual)
     return assembled(builder, spec, layers, attention)
 
 

@@ -21,7 +21,9 @@ class UnfusedAttention:
     blocks of the longest.
     """
 
-    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int) -> None:
+    def __init__(self, builder: CudaBuilder, spec: DecoderSpec, positions: int, *, mutual: bool = False) -> None:
+        """`mutual` as `PagedAttention` has it."""
+        self._mutual = mutual
         self._builder = builder
         self._spec = spec
         self._heads = Heads(builder, spec, positions)
@@ -87,7 +89,10 @@ class UnfusedAttention:
         queries = builder.op("Gather", places, self._queries, axis=0)
         queries = builder.op("Unsqueeze", queries, builder.constant([1, 2, 4], np.int64))
         valid = builder.op("Less", keys, builder.reshape(lengths, -1, 1))
-        seen = in_window = builder.op("LessOrEqual", keys, queries)
+        seen = builder.op("LessOrEqual", keys, queries)
+        if self._mutual:
+            seen = builder.op("Unsqueeze", valid, builder.constant([1, 2, 3], np.int64))
+        in_window = seen
         if self._spec.sliding:
             first = builder.op("Sub", queries, builder.constant(self._spec.sliding.window, np.int32))
             in_window = builder.op("And", seen, builder.op("Greater", keys, first))

@@ -41,16 +41,18 @@ class PagedDecoder:
         paged: bool = True,
         cache_scales: Mapping[str, torch.Tensor] | None = None,
         decoding: GraphSession | None = None,
+        mutual: GraphSession | None = None,
     ) -> None:
         """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `paged` as the graph was made.
         `cache_scales` are the inputs `StepInputs.cache_scale` of a graph with int8 caches. `decoding` runs the captured
-        steps, if not the same session does all.
+        steps, if not the same session does all; `mutual` those steps, where the model has any.
 
         `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
         """
         device = slot_tokens.device
         self._session = session
         self._decoding = decoding or session
+        self._mutual = mutual
         self.spec = spec
         self._paged = paged
         self._block_size = block_size
@@ -114,7 +116,7 @@ class PagedDecoder:
         """Let go of the session, its graphs and bindings, and KV memory; nothing runs afterwards."""
         self._captured.clear()
         self._caches.clear()
-        del self._session, self._decoding
+        del self._session, self._decoding, self._mutual
 
     def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         place = self._replay(self.buckets.find(len(step.ids), step.longest), step)
@@ -180,7 +182,9 @@ class PagedDecoder:
         place.upload(parts)
         inputs = {name: place.view(name) for name in parts if name != _SLOTS}
         features = self._no_features if step.features is None else step.features
-        self._session.run(self._bind(self._session, inputs | host_inputs, features, len(rows)))
+        session = self._mutual if step.mutual else self._session
+        assert session is not None, "This is a bug: a step of images that see themselves, for a model that has none."
+        session.run(self._bind(session, inputs | host_inputs, features, len(rows)))
         return self._logits[: len(step.slots)], place.view(_SLOTS)
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ class PackedStep:
     `ids` [T] are tokens, or -1 - s for the token last chosen for slot s. `positions` [axes, T] are rotary positions,
     and `past` [B] the tokens that each sequence has in the cache, in the blocks of `tables` [B, M].
     Logits are wanted of the tokens at `logits_rows` [R]; they choose the next token of `slots` [R].
+    With `mutual` the new tokens of a sequence, if it has several, are an image's and see each other in both directions.
     `features` [F, hidden] are image features, `feature_index` [T] their rows or -1; without features both are None.
     """
 
@@ -35,6 +36,7 @@ class PackedStep:
     slots: Int32
     features: torch.Tensor | None = None
     feature_index: Int32 | None = None
+    mutual: bool = False
 
     @property
     def longest(self) -> int:

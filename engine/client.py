@@ -18,7 +18,7 @@ from engine import wire
 from engine.config import EngineConfig
 from engine.errors import DeadlineExceeded, EngineError, error_from_code
 from engine.process import EngineProcess, Inbox
-from engine.request import Chunk, Event, Message, Request
+from engine.request import Chunk, Event, Message, Request, Tool
 
 GRACE_S = 15.0  # beyond a request's own limit, which the engine enforces
 SILENCE_S = 60.0  # of the whole process, after which a request without an answer means that it hangs
@@ -69,9 +69,10 @@ class EngineClient:
         replies = self._ask(self._connected, lambda number: wire.Submit(number, request), limit_s)
         yield from cast("Generator[Event]", replies)
 
-    def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
+    def count_tokens(self, model: str, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> int:
         """Tokens of the prompt, images included; may wait for the model to load. Raises EngineError."""
-        replies = self._ask(self._connected, lambda number: wire.Count(number, model, messages), self._limit_s(None))
+        limit_s = self._limit_s(None)
+        replies = self._ask(self._connected, lambda number: wire.Count(number, model, messages, tools), limit_s)
         with contextlib.closing(replies):
             return cast(int, next(replies))
 

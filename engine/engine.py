@@ -38,7 +38,7 @@ from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
 from engine.preprocess import ImageInput, image_size
 from engine.prompts import Prompt
-from engine.request import Chunk, Finished, Image, Message, Request, Timings
+from engine.request import Chunk, Finished, Image, Message, Request, Timings, Tool
 from engine.sampling import SamplerState
 from engine.scheduling.sequence import Sequence
 from engine.stats import Counts, OnStep, Uncounted, both
@@ -125,13 +125,13 @@ class Engine:
         self._model(request.model).add_done_callback(lambda model: pool.submit(start, model))
         return stream
 
-    def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
+    def count_tokens(self, model: str, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> int:
         """Tokens of the prompt, images included. Blocks while the model loads. Raises ModelDownloading."""
         self._downloads.wait(model)
         messages = self._fetcher.fetched(messages)
         images = [part for message in messages for part in message.parts if isinstance(part, Image)]
         sizes = [image_size(image.data, max_megapixels=self.config.max_image_megapixels) for image in images]
-        return self.load(model).prompts.count(messages, sizes)
+        return self.load(model).prompts.count(messages, sizes, tools)
 
     def load(self, name: str) -> Model:
         """Load a model now instead of at its first request; blocks, however long its download takes."""
@@ -223,7 +223,8 @@ class Engine:
     def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
         """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
         layouts = model.layouts(request.images, self.config.max_image_megapixels)
-        prompt = model.prompts.build(request.messages, layouts)
+        prompt = model.prompts.build(request.messages, layouts, tools=request.tools, thinking=request.thinking)
+        stream.reader = model.prompts.reader(request.tools, opens_thinking=prompt.opens_thinking)
         max_tokens = _fit(len(prompt.token_ids), request.sampling.max_tokens, model.context_length)
         key = self._answer_key(model, request, prompt)
         if (answer := self._known_answer(model, key)) is not None:
@@ -238,8 +239,7 @@ class Engine:
         try:
             features = [self._known_features(model, layout.key) for layout in layouts]
             images = self._pixels(model, request, layouts, features)
-            schema = request.sampling.schema
-            grammar = None if schema is None else model.grammars.matcher(schema)
+            grammar = model.grammars.matcher(request.sampling.schema)
             sampler = SamplerState(request.sampling, prompt.token_ids, grammar=grammar)
             job.on_prepared()
             model.add(Sequence(number, prompt, images, features, sampler, max_tokens, job))

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -83,7 +83,7 @@ class ImageFetcher:
             return Image(images[part.url].result(), part.detail) if isinstance(part, ImageUrl) else part
 
         try:
-            return tuple(Message(message.role, tuple(map(image, message.parts))) for message in messages)
+            return tuple(replace(message, parts=tuple(map(image, message.parts))) for message in messages)
         finally:
             for waiting in images.values():
                 waiting.cancel()

@@ -29,7 +29,7 @@ from typing import IO, Any, NoReturn, Protocol
 from engine import wire
 from engine.config import EngineConfig
 from engine.errors import DeviceLost, EngineError, EngineStopped
-from engine.request import Chunk, Event, Message, Request
+from engine.request import Chunk, Event, Message, Request, Tool
 
 COUNTING_THREADS = 4
 MERGE_EVERY = 64  # replies of one request that wait before their chunks are joined
@@ -49,7 +49,7 @@ class ServedEngine(Protocol):
 
     def submit(self, request: Request, on_event: Callable[[Event | EngineError], None]) -> OpenStream: ...
 
-    def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int: ...
+    def count_tokens(self, model: str, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> int: ...
 
     def status(self) -> dict[str, Any]: ...
 
@@ -131,8 +131,8 @@ class Host:
                 self._reported(number, lambda: self._submit(number, request))
             case wire.Cancel(number):
                 self._cancel(number)
-            case wire.Count(number, model, messages):
-                self._counting.submit(self._reported, number, lambda: self._count(number, model, messages))
+            case wire.Count(number, model, messages, tools):
+                self._counting.submit(self._reported, number, lambda: self._count(number, model, messages, tools))
             case wire.StatusQuery(number):
                 self._reporting.submit(self._reported, number, lambda: self._report_status(number))
             case wire.Pull(number, model):
@@ -170,8 +170,8 @@ class Host:
         except Exception:
             log.exception("cancelling request %d failed", number)
 
-    def _count(self, number: int, model: str, messages: tuple[Message, ...]) -> None:
-        self._outbox.put(number, self._engine.count_tokens(model, messages))
+    def _count(self, number: int, model: str, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> None:
+        self._outbox.put(number, self._engine.count_tokens(model, messages, tools))
 
     def _report_status(self, number: int) -> None:
         plain = json.loads(json.dumps(self._engine.status(), default=str))

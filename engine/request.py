@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.errors import InvalidParameter, InvalidRequest
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length"]
 Detail = Literal["low", "high"]  # of an image: fewer tokens where the model's processor has a choice, or all it makes
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+MAX_TOOLS = 256
 MAX_STOP_WORDS = 16
 MAX_SEED = 2**63 - 1
 
@@ -41,9 +43,51 @@ Part = Text | Image | ImageUrl
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON text of its arguments' schema, an object.
+
+    Raises InvalidParameter on construction.
+    """
+
+    name: str
+    description: str = ""
+    parameters: str = '{"type": "object", "properties": {}}'
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or not isinstance(self.description, str):
+            raise InvalidParameter(f"a tool needs a name, and its description must be a text: {self.name!r}")
+        _require_object(f"the parameters of tool {self.name!r}", self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """`arguments` is the JSON text of an object. Raises InvalidParameter on construction if it is not."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _require_object(f"the arguments of a call of tool {self.name!r}", self.arguments)
+
+
+def _require_object(name: str, text: object) -> None:
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidParameter(f"{name} must be the text of a JSON object, not {str(text)[:200]!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
+    """An assistant's message may hold the calls that it made; a tool's is the result of the call `tool_call_id`."""
+
     role: Role
     parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 def _require_number(name: str, value: object, low: float, high: float, hint: str) -> None:
@@ -136,14 +180,28 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion. `timeout_s` None means the engine's own limit."""
+    """One completion. `timeout_s` None means the engine's own limit.
+
+    `enable_thinking` switches the reasoning of models that can do without; None leaves it to the model's chat template.
+    A constrained answer comes without reasoning.
+    """
 
     model: str
     messages: tuple[Message, ...]
     sampling: SamplingParams = SamplingParams()
     timeout_s: float | None = None
+    tools: tuple[Tool, ...] = ()
+    enable_thinking: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.enable_thinking is not None and not isinstance(self.enable_thinking, bool):
+            raise InvalidParameter(f"enable_thinking must be true or false, not {self.enable_thinking!r}")
+        if len(self.tools) > MAX_TOOLS:
+            raise InvalidParameter(f"{len(self.tools)} tools; at most {MAX_TOOLS} are allowed")
+        if self.tools and self.sampling.schema is not None:
+            raise InvalidParameter(
+                "an answer in JSON cannot call tools; remove the tools, or set response_format to text"
+            )
         if not self.messages:
             raise InvalidRequest("the prompt is empty; send at least one message")
         for message in self.messages:
@@ -151,6 +209,10 @@ class Request:
                 raise InvalidRequest(f"unknown message role {message.role!r}; use one of {', '.join(ROLES)}")
         if not any(_has_content(part) for message in self.messages for part in message.parts):
             raise InvalidRequest("the prompt is empty; write a question or add an image")
+
+    @property
+    def thinking(self) -> bool | None:
+        return self.enable_thinking if self.sampling.schema is None else False
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -194,10 +256,14 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Text of one or more new tokens; `text` may be empty while a character or stop word is incomplete."""
+    """Text of one or more new tokens; `text` may be empty while a character, stop word or tool call is incomplete.
+
+    `tool_calls` became complete with these tokens; their text is not in `text`.
+    """
 
     text: str
     tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from engine.errors import Cancelled, EngineError
+from engine.prompts import AnswerReader
 from engine.request import Event, Finished
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Stream:
         self._ended = False
         self.last: Finished | EngineError | None = None  # once it has ended
         self.deadline = deadline
+        self.reader: AnswerReader | None = None  # set before the first chunk
 
     @property
     def has_ended(self) -> bool:
@@ -42,7 +44,8 @@ class Stream:
             if self._ended:
                 return
             self.last, self._ended = last, last is not None
-            self._on_event(event)
+            for shown in (event,) if self.reader is None else self.reader.read(event):
+                self._on_event(shown)
         if last is not None:
             self._on_end(self)
 

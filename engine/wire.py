@@ -32,10 +32,12 @@ from engine.request import (
     SamplingParams,
     Text,
     Timings,
+    Tool,
+    ToolCall,
     Usage,
 )
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME_BYTES = 512 << 20
 _IMAGE = "image"
 _IMAGE_URL = "image_url"
@@ -93,6 +95,7 @@ class Count:
     number: int
     model: str
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,20 +150,23 @@ Answer = Ready | Replies
 def merge_chunks(replies: Iterable[Reply]) -> list[Reply]:
     """Join neighbouring chunks of one stream into one; everything else keeps its place."""
     merged: list[Reply] = []
-    texts: list[str] = []
-    tokens = 0
+    chunks: list[Chunk] = []
     for reply in replies:
         if isinstance(reply, Chunk):
-            texts.append(reply.text)
-            tokens += reply.tokens
+            chunks.append(reply)
             continue
-        if texts:
-            merged.append(Chunk("".join(texts), tokens))
-            texts, tokens = [], 0
+        if chunks:
+            merged.append(_joined(chunks))
+            chunks = []
         merged.append(reply)
-    if texts:
-        merged.append(Chunk("".join(texts), tokens))
+    if chunks:
+        merged.append(_joined(chunks))
     return merged
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    calls = tuple(call for chunk in chunks for call in chunk.tool_calls)
+    return Chunk("".join([chunk.text for chunk in chunks]), sum(chunk.tokens for chunk in chunks), calls)
 
 
 def read_frame(stream: IO[bytes]) -> bytes | None:
@@ -208,8 +214,8 @@ def decode_query(payload: bytes) -> Query | Malformed:
             return _content(number, lambda: Submit(number, _request(content)))
         case [Kind.CANCEL, int(number)]:
             return Cancel(number)
-        case [Kind.COUNT, int(number), str(model), messages]:
-            return _content(number, lambda: Count(number, model, _messages(messages)))
+        case [Kind.COUNT, int(number), str(model), messages, tools]:
+            return _content(number, lambda: Count(number, model, _messages(messages), _tools(tools)))
         case [Kind.STATUS_QUERY, int(number)]:
             return StatusQuery(number)
         case [Kind.PULL, int(number), str(model)]:
@@ -237,12 +243,13 @@ def _message_to_plain(message: Query | Answer) -> list[Any]:
         case Hello():
             return [Kind.HELLO, message.version, message.config]
         case Submit(number, request):
-            sampling = asdict(request.sampling)
-            return [Kind.SUBMIT, number, request.model, _plain(request.messages), sampling, request.timeout_s]
+            sampling, tools = asdict(request.sampling), _plain_tools(request.tools)
+            messages, thinking = _plain(request.messages), request.enable_thinking
+            return [Kind.SUBMIT, number, request.model, messages, sampling, request.timeout_s, tools, thinking]
         case Cancel():
             return [Kind.CANCEL, message.number]
         case Count():
-            return [Kind.COUNT, message.number, message.model, _plain(message.messages)]
+            return [Kind.COUNT, message.number, message.model, _plain(message.messages), _plain_tools(message.tools)]
         case StatusQuery():
             return [Kind.STATUS_QUERY, message.number]
         case Pull():
@@ -256,7 +263,15 @@ def _message_to_plain(message: Query | Answer) -> list[Any]:
 
 
 def _plain(messages: tuple[Message, ...]) -> list[Any]:
-    return [[message.role, [_part_to_plain(part) for part in message.parts]] for message in messages]
+    return [[m.role, [_part_to_plain(part) for part in m.parts], _plain_calls(m), m.tool_call_id] for m in messages]
+
+
+def _plain_calls(holder: Message | Chunk) -> list[list[str]]:
+    return [[call.name, call.arguments, call.id] for call in holder.tool_calls]
+
+
+def _plain_tools(tools: tuple[Tool, ...]) -> list[list[str]]:
+    return [[tool.name, tool.description, tool.parameters] for tool in tools]
 
 
 def _part_to_plain(part: Part) -> Any:
@@ -276,7 +291,7 @@ def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
     # int() and float(): an engine that counts with numpy scalars must not break the line
     match reply:
         case Chunk(text, tokens):
-            return [Kind.CHUNK, number, text, int(tokens)]
+            return [Kind.CHUNK, number, text, int(tokens), *_plain_calls(reply)]
         case Finished(reason, usage, timings, from_cache):
             counts = [int(count) for count in asdict(usage).values()]
             seconds = [float(value) for value in asdict(timings).values()]
@@ -291,8 +306,8 @@ def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
 
 def _reply(entry: Any) -> tuple[int, Reply]:
     match entry:
-        case [Kind.CHUNK, int(number), str(text), int(tokens)]:
-            return number, Chunk(text, tokens)
+        case [Kind.CHUNK, int(number), str(text), int(tokens), *calls]:
+            return number, Chunk(text, tokens, _calls(calls))
         case [Kind.FINISHED, int(number), "stop" | "length" as reason, [*counts], [*seconds], bool(from_cache)]:
             plain = all(isinstance(value, int | float) for value in (*counts, *seconds))
             if plain and len(counts) == 4 and len(seconds) == 5:
@@ -317,9 +332,9 @@ def _content(number: int, build: Callable[[], Submit | Count]) -> Submit | Count
 
 def _request(content: list[Any]) -> Request:
     match content:
-        case [str(model), messages, dict(sampling), None | int() | float() as timeout_s]:
-            stop = tuple(sampling.pop("stop", ()))
-            return Request(model, _messages(messages), SamplingParams(stop=stop, **sampling), timeout_s)
+        case [str(model), messages, dict(sampling), None | int() | float() as timeout_s, tools, thinking]:
+            params = SamplingParams(stop=tuple(sampling.pop("stop", ())), **sampling)
+            return Request(model, _messages(messages), params, timeout_s, _tools(tools), thinking)
     raise InvalidRequest(f"the request is malformed: {len(content)} fields, or one of a wrong type")
 
 
@@ -331,9 +346,24 @@ def _messages(plain: Any) -> tuple[Message, ...]:
 
 def _message(plain: Any) -> Message:
     match plain:
-        case ["system" | "user" | "assistant" as role, list(parts)]:
-            return Message(role, tuple(_part(part) for part in parts))
-    raise InvalidRequest("the request is malformed: a message needs a role (system, user or assistant) and parts")
+        case ["system" | "user" | "assistant" | "tool" as role, list(parts), list(calls), str(call_id)]:
+            return Message(role, tuple(_part(part) for part in parts), _calls(calls), call_id)
+    raise InvalidRequest("the request is malformed: a message needs a role (system, user, assistant or tool) and parts")
+
+
+def _calls(plain: list[Any]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(*_texts(call)) for call in plain)
+
+
+def _tools(plain: Any) -> tuple[Tool, ...]:
+    return tuple(Tool(*_texts(tool)) for tool in (plain if isinstance(plain, list) else [plain]))
+
+
+def _texts(plain: Any) -> list[str]:
+    match plain:
+        case [str(name), str(second), str(third)]:
+            return [name, second, third]
+    raise InvalidRequest(f"the request is malformed: a tool, or a call of one, is three texts, not {str(plain)[:200]}")
 
 
 def _part(plain: Any) -> Part:

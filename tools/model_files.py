@@ -32,6 +32,20 @@ model_properties:
 """
 
 
+_THINKING = """\
+  - name: enable_thinking
+    label:
+      en_US: Thinking
+      zh_Hans: 思考
+    type: boolean
+    help:
+      en_US: Whether the model reasons before it answers. Left empty, the model's own default holds.
+      zh_Hans: 模型是否在回答前进行思考。留空则使用模型自身的默认设置。
+    required: false
+"""
+_CALLS = ("tool-call", "multi-tool-call", "stream-tool-call")
+
+
 def offered() -> list[CatalogModel]:
     """The predefined models whose family the engine runs, in the catalogue's order."""
     families = {family.name for family in FAMILIES}
@@ -51,12 +65,12 @@ def _model_file(model: CatalogModel, rules: str) -> str:
     fitted, count = _LIMITS.subn(rf"\g<1>{MAX_TOKENS}\g<2>{model.context}\n", rules)
     if count != 1:
         raise ValueError(f"{SAMPLE} has no max_tokens with a default and a max")
-    return _HEAD.format(model=model, features=features) + _RULES + fitted
+    return _HEAD.format(model=model, features=features) + _RULES + fitted + (_THINKING if model.thinking else "")
 
 
 def _features(model: CatalogModel) -> list[str]:
-    features = {"vision": model.vision, "video": model.video}
-    return [name for name, has in features.items() if has]
+    features = {"vision": model.vision, "video": model.video, "structured-output": True}
+    return [name for name, has in features.items() if has] + [name for name in _CALLS if model.tools]
 
 
 def main() -> None:

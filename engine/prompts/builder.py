@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, ContextOverflow, InvalidRequest
 from engine.preprocess import ImageInput, image_processor
+from engine.prompts.answer import AnswerReader
 from engine.prompts.detokenize import Detokenizer
 from engine.prompts.placeholders import ImageWords, placeholder
 from engine.prompts.positions import Grid, mrope_positions, text_positions
 from engine.prompts.prompt import ImageSpan, Prompt
+from engine.prompts.reasoning import opens
 from engine.prompts.template import ChatTemplate, count_images
 from engine.prompts.tokenizer import Tokenizer, special_tokens
-from engine.request import Image, Message, Part, Text
+from engine.prompts.tool_calls import ToolCallReader
+from engine.request import Image, Message, Part, Text, Tool
 from engine.spec import ModelSpec, QwenVisionSpec
 
 # Unicode noncharacters: never text (Unicode 16, 23.7), so one that a request does not contain is always found.
@@ -43,9 +49,17 @@ class PromptBuilder:
         self._bos = special_tokens(folder).get("bos_token")
         self._prefix = self.tokenizer.prefix() if spec.vision else []
 
-    def build(self, messages: Sequence[Message], images: Sequence[ImageInput]) -> Prompt:
-        """`images` are those of the messages, in order. Raises InvalidRequest."""
-        ids, runs = self._encode(messages, [(image.tokens, image.grid) for image in images])
+    def build(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput],
+        *,
+        tools: Sequence[Tool] = (),
+        thinking: bool | None = None,
+    ) -> Prompt:
+        """`images` are those of the messages, in order; `thinking` as in ChatTemplate.render. Raises InvalidRequest."""
+        layouts = [(image.tokens, image.grid) for image in images]
+        ids, runs, opens_thinking = self._encode(messages, layouts, tools, thinking)
         is_image = ids == self._spec.tokens.image if self._images else np.zeros(len(ids), bool)
         repeats = np.ones(len(ids), np.int64)
         repeats[is_image] = list(itertools.chain(*runs))
@@ -64,9 +78,12 @@ class PromptBuilder:
             image_spans=spans,
             whole_images=self._spec.decoder.mutual_images,
             image_tokens=int(is_image.sum()),
+            opens_thinking=opens_thinking,
         )
 
-    def count(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]]) -> int:
+    def count(
+        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], tools: Sequence[Tool] = ()
+    ) -> int:
         """Tokens of the prompt; `image_sizes` are (width, height) in pixels. Raises InvalidRequest."""
         if image_sizes and self._images is None:
             raise InvalidRequest(_TEXT_ONLY)
@@ -74,25 +91,44 @@ class PromptBuilder:
         details += ["high"] * (len(image_sizes) - len(details))  # too many are refused below
         sizes = zip(image_sizes, details, strict=False)
         layouts = [self._images.count(*size, detail) for size, detail in sizes] if self._images else []
-        ids, runs = self._encode(messages, layouts)
+        ids, runs, _ = self._encode(messages, layouts, tools)
         return len(ids) + sum(repeat - 1 for run in runs for repeat in run)
 
     def detokenizer(self) -> Detokenizer:
         """For one sequence's output."""
         return Detokenizer(self.tokenizer)
 
+    def reader(self, tools: Sequence[Tool], *, opens_thinking: bool) -> AnswerReader | None:
+        """For one stream's events; None when they are shown as they are."""
+        form = self._template.tool_format
+        calls = ToolCallReader(form, tools, thinking=opens_thinking) if tools and form else None
+        return AnswerReader(opens_thinking=opens_thinking, calls=calls) if calls or opens_thinking else None
+
     def _encode(
-        self, messages: Sequence[Message], layouts: Sequence[tuple[int, Grid]]
-    ) -> tuple[NDArray[np.int64], list[list[int]]]:
-        """Token ids with each run of image tokens as one, and for each image the lengths of its runs."""
+        self,
+        messages: Sequence[Message],
+        layouts: Sequence[tuple[int, Grid]],
+        tools: Sequence[Tool] = (),
+        thinking: bool | None = None,
+    ) -> tuple[NDArray[np.int64], list[list[int]], bool]:
+        """Token ids with each run of image tokens as one, for each image the lengths of its runs, `opens_thinking`."""
         shown = count_images(messages)
         if shown and self._images is None:
             raise InvalidRequest(_TEXT_ONLY)
         if shown != len(layouts):
             raise InvalidRequest(f"the messages show {shown} images, but {len(layouts)} were given")
-        self._refuse_hopeless(messages)
-        mark = _unused_mark(messages)
-        rendered = self._template.render([self._cut_control(message, mark) for message in messages])
+        said = list(_texts(messages, tools))
+        self._refuse_hopeless(said)
+        mark = _unused_mark(said)
+        cut = partial(self._cut_spellings, mark=mark)
+        rendered = self._template.render(
+            [self._cut_control(message, mark) for message in messages],
+            [
+                replace(tool, description=cut(tool.description), parameters=_cut_json(tool.parameters, cut))
+                for tool in tools
+            ],
+            thinking,
+        )
         text, runs = self._place_images(rendered, layouts)
         pieces = [self.tokenizer.encode(piece) for piece in text.split(mark)]
         prefix = [] if self._bos and rendered.startswith(self._bos) else self._prefix
@@ -100,16 +136,16 @@ class PromptBuilder:
         expected = sum(map(len, runs))
         if self._images and int((ids == self._spec.tokens.image).sum()) != expected:
             raise InvalidRequest("a message contains a spelling of the model's image token; remove it")
-        return ids, runs
+        return ids, runs, opens(rendered)
 
-    def _refuse_hopeless(self, messages: Sequence[Message]) -> None:
+    def _refuse_hopeless(self, texts: Sequence[str]) -> None:
         """Tokenising a hundred megabytes takes minutes and gigabytes, only to find that they do not fit.
 
         Twice the longest token leaves room for tokenizers that shorten text before they cut it (Unicode's NFC).
         """
         context = self._spec.decoder.context_length
         most = max(_ALWAYS_COUNTED, 2 * self.tokenizer.longest * context)
-        if (length := sum(map(len, _texts(messages)))) > most:
+        if (length := sum(map(len, texts))) > most:
             raise ContextOverflow(
                 f"the prompt is {length} characters; the context of {context} tokens cannot hold them."
                 " Shorten the prompt"
@@ -136,10 +172,18 @@ class PromptBuilder:
                 continue
             texts = [_valid_unicode(part.text) for part in run if isinstance(part, Text)]
             joined = "".join(texts)
-            if starts := self.tokenizer.control_starts(joined):
-                texts = [mark.join(_cut(joined, [start + 1 for start in starts]))]
+            if (cut := self._cut_spellings(joined, mark)) != joined:
+                texts = [cut]
             parts += map(Text, texts)
-        return dataclasses.replace(message, parts=tuple(parts))
+        calls = [
+            replace(call, arguments=_cut_json(call.arguments, partial(self._cut_spellings, mark=mark)))
+            for call in message.tool_calls
+        ]
+        return replace(message, parts=tuple(parts), tool_calls=tuple(calls))
+
+    def _cut_spellings(self, text: str, mark: str) -> str:
+        starts = self.tokenizer.control_starts(text)
+        return mark.join(_cut(text, [start + 1 for start in starts])) if starts else text
 
     def _positions(
         self, length: int, spans: Sequence[ImageSpan], images: Sequence[ImageInput]
@@ -181,12 +225,32 @@ def _span(runs: list[tuple[int, int]], key: bytes) -> ImageSpan:
     return ImageSpan(runs[0][0], runs[-1][0] + runs[-1][1], key)
 
 
-def _texts(messages: Sequence[Message]) -> Iterator[str]:
-    return (part.text for message in messages for part in message.parts if isinstance(part, Text))
+def _texts(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[str]:
+    for message in messages:
+        yield from (part.text for part in message.parts if isinstance(part, Text))
+        yield from (call.arguments for call in message.tool_calls)
+    for tool in tools:
+        yield from (tool.description, tool.parameters)
 
 
-def _unused_mark(messages: Sequence[Message]) -> str:
-    used = set().union(*_texts(messages)) & set(_MARKS)
+def _cut_json(text: str, cut: Callable[[str], str]) -> str:
+    """A JSON text with every string of it cut, keys too."""
+
+    def within(value: Any) -> Any:
+        match value:
+            case str():
+                return cut(_valid_unicode(value))
+            case dict():
+                return {within(key): within(one) for key, one in value.items()}
+            case list():
+                return [within(one) for one in value]
+        return value
+
+    return json.dumps(within(json.loads(text)), ensure_ascii=False)
+
+
+def _unused_mark(texts: Sequence[str]) -> str:
+    used = set().union(*texts) & set(_MARKS)
     if len(used) == len(_MARKS):
         raise InvalidRequest("a message contains all of Unicode's noncharacters U+FDD0 to U+FDEF; remove one")
     return next(mark for mark in _MARKS if mark not in used)

@@ -24,7 +24,7 @@ class Prompt:
 
     `feature_index` int64 [T] is the row in the request's image features, concatenated in order; -1 for text.
     `positions` int64 [axes, T] are rotary positions; the generated token at index t of the sequence has position
-    t + `position_delta` on every axis.
+    t + `position_delta` on every axis. `opens_thinking`: the answer begins inside the model's reasoning.
     """
 
     token_ids: NDArray[np.int64] = field(repr=False)
@@ -33,6 +33,7 @@ class Prompt:
     position_delta: int
     image_spans: tuple[ImageSpan, ...]
     image_tokens: int
+    opens_thinking: bool = False
     whole_images: bool = False
 
     def piece_end(self, start: int, stop: int) -> int:

@@ -103,8 +103,10 @@ class Grammars:
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def matcher(self, schema: str) -> Matcher:
-        """At the start of an output. Raises InvalidParameter."""
+    def matcher(self, schema: str | None) -> Matcher | None:
+        """At the start of an output; None for free text. Raises InvalidParameter."""
+        if schema is None:
+            return None
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = Vocabulary(*self._source)

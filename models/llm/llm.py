@@ -14,13 +14,14 @@ from dify_plugin.errors.model import CredentialsValidateFailedError, InvokeBadRe
 
 from engine.check import check
 from engine.client import shared_client
-from engine.errors import EngineError, EngineStopped, InvalidRequest
+from engine.errors import EngineError, EngineStopped
 from engine.request import Chunk, Event, Finished
 from models._errors import ERROR_MAPPING, as_invoke_error
 from models._request_log import RequestLog
 from models._settings import engine_config
 from models.llm.own import own_model_schema, require_own_model
 from models.llm.prompt import engine_messages, engine_request
+from models.llm.tools import dify_calls, engine_tools
 
 # `system_fingerprint` of the last chunk: where the answer came from.
 FROM_ENGINE = "tessera/engine"
@@ -46,9 +47,7 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
         stream: bool = True,
         user: str | None = None,  # noqa: ARG002 - the SDK's signature
     ) -> LLMResult | Generator[LLMResultChunk, None, None]:
-        if tools:
-            raise InvalidRequest(f"{model} calls no tools; choose an agent strategy that works without tool calls")
-        request = engine_request(model, prompt_messages, model_parameters, stop)
+        request = engine_request(model, prompt_messages, model_parameters, stop, tools)
         events = shared_client(engine_config(credentials)).stream(request)
         chunks = self._chunks(model, credentials, events)
         return chunks if stream else _joined(model, chunks)
@@ -57,25 +56,29 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
         self, model: str, credentials: dict[str, Any], events: Generator[Event, None, None]
     ) -> Generator[LLMResultChunk, None, None]:
         """Closing this generator closes the engine's stream, which cancels the request."""
-        index = 0
+        index, has_called = 0, False
         with closing(events):
             try:
                 for event in events:
                     if isinstance(event, Finished):
                         self._log.finished = event
-                        yield self._last_chunk(model, credentials, index, event)
+                        yield self._last_chunk(model, credentials, index, event, has_called=has_called)
                         return
-                    if event.text:
-                        yield _text_chunk(model, index, event)
+                    if event.text or event.tool_calls:
+                        yield _chunk(model, index, event)
                         index += 1
+                        has_called |= bool(event.tool_calls)
             except EngineError as error:
                 raise as_invoke_error(error) from error
         raise as_invoke_error(EngineStopped("the engine ended the answer without finishing it; try again"))
 
-    def _last_chunk(self, model: str, credentials: dict[str, Any], index: int, event: Finished) -> LLMResultChunk:
+    def _last_chunk(
+        self, model: str, credentials: dict[str, Any], index: int, event: Finished, *, has_called: bool
+    ) -> LLMResultChunk:
+        reason = "tool_calls" if has_called and event.reason == "stop" else event.reason
         usage = self._calc_response_usage(model, credentials, event.usage.prompt_tokens, event.usage.completion_tokens)
         delta = LLMResultChunkDelta(
-            index=index, message=AssistantPromptMessage(content=""), usage=usage, finish_reason=event.reason
+            index=index, message=AssistantPromptMessage(content=""), usage=usage, finish_reason=reason
         )
         fingerprint = FROM_CACHE if event.from_cache else FROM_ENGINE
         return LLMResultChunk(model=model, system_fingerprint=fingerprint, delta=delta)
@@ -85,12 +88,13 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
         model: str,
         credentials: dict[str, Any],
         prompt_messages: list[PromptMessage],
-        tools: list[PromptMessageTool] | None = None,  # noqa: ARG002 - the SDK's signature
+        tools: list[PromptMessageTool] | None = None,
     ) -> int:
-        """Tokens of the prompt as the model sees it, images included."""
+        """Tokens of the prompt as the model sees it, images and tools included."""
         try:
             messages = engine_messages(prompt_messages)
-            return shared_client(engine_config(credentials)).count_tokens(model, messages) if messages else 0
+            client = shared_client(engine_config(credentials))
+            return client.count_tokens(model, messages, engine_tools(tools)) if messages else 0
         except EngineError as error:
             raise as_invoke_error(error) from error
 
@@ -143,19 +147,21 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
         return as_invoke_error(error)
 
 
-def _text_chunk(model: str, index: int, chunk: Chunk) -> LLMResultChunk:
-    delta = LLMResultChunkDelta(index=index, message=AssistantPromptMessage(content=chunk.text))
+def _chunk(model: str, index: int, chunk: Chunk) -> LLMResultChunk:
+    message = AssistantPromptMessage(content=chunk.text, tool_calls=dify_calls(chunk.tool_calls))
+    delta = LLMResultChunkDelta(index=index, message=message)
     return LLMResultChunk(model=model, delta=delta)
 
 
 def _joined(model: str, chunks: Generator[LLMResultChunk, None, None]) -> LLMResult:
     """All chunks as one result."""
-    *texts, last = chunks
-    answer = "".join(str(chunk.delta.message.content) for chunk in texts)
+    *parts, last = chunks
+    answer = "".join(str(chunk.delta.message.content) for chunk in parts)
+    calls = [call for chunk in parts for call in chunk.delta.message.tool_calls]
     assert last.delta.usage is not None
     return LLMResult(
         model=model,
-        message=AssistantPromptMessage(content=answer),
+        message=AssistantPromptMessage(content=answer, tool_calls=calls),
         usage=last.delta.usage,
         system_fingerprint=last.system_fingerprint,
     )

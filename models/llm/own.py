@@ -55,7 +55,7 @@ def _schema(model: str, description: Description, rules: Sequence[ParameterRule]
         label=I18nObject.model_validate({"en_US": model}),
         model_type=ModelType.LLM,
         fetch_from=FetchFrom.CUSTOMIZABLE_MODEL,
-        features=[ModelFeature.VISION] if description.vision else [],
+        features=[*([ModelFeature.VISION] if description.vision else []), ModelFeature.STRUCTURED_OUTPUT],
         model_properties={ModelPropertyKey.MODE: "chat", ModelPropertyKey.CONTEXT_SIZE: description.context},
         parameter_rules=[_fitted(rule, description.context) for rule in rules],
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from dify_plugin.entities.model.message import (
@@ -14,21 +13,23 @@ from dify_plugin.entities.model.message import (
     PromptMessage,
     PromptMessageContent,
     PromptMessageRole,
+    PromptMessageTool,
     TextPromptMessageContent,
+    ToolPromptMessage,
 )
 
-from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
-from engine.request import Detail, Image, ImageUrl, Message, Part, Request, Role, SamplingParams, Text
+from engine.errors import InvalidImage, InvalidRequest
+from engine.request import Detail, Image, ImageUrl, Message, Part, Request, Role, Text
+from models.llm.parameters import enable_thinking, sampling_params
+from models.llm.tools import engine_calls, engine_tools
 
-# A tool's result is something that the assistant is told, so it speaks with the user's voice.
 ROLES: dict[PromptMessageRole, Role] = {
     PromptMessageRole.SYSTEM: "system",
     PromptMessageRole.DEVELOPER: "system",
     PromptMessageRole.USER: "user",
-    PromptMessageRole.TOOL: "user",
+    PromptMessageRole.TOOL: "tool",
     PromptMessageRole.ASSISTANT: "assistant",
 }
-PARAMETERS = {field.name for field in fields(SamplingParams)} - {"stop"}
 
 
 def engine_request(
@@ -36,30 +37,34 @@ def engine_request(
     prompt_messages: Sequence[PromptMessage],
     parameters: Mapping[str, Any],
     stop: Sequence[str] | None = None,
+    tools: Sequence[PromptMessageTool] | None = None,
 ) -> Request:
     """Raises InvalidRequest, InvalidImage or InvalidParameter with a sentence for the user."""
-    return Request(model, engine_messages(prompt_messages), sampling_params(parameters, stop))
-
-
-def sampling_params(parameters: Mapping[str, Any], stop: Sequence[str] | None = None) -> SamplingParams:
-    """Dify's names are the engine's. Raises InvalidParameter for an unknown name, a wrong type or range."""
-    if unknown := sorted(parameters.keys() - PARAMETERS):
-        raise InvalidParameter(f"unknown parameter {unknown[0]!r}; known: {', '.join(sorted(PARAMETERS))}")
-    given = {name: value for name, value in parameters.items() if value is not None}
-    return SamplingParams(**given, stop=tuple(stop or ()))
+    return Request(
+        model,
+        engine_messages(prompt_messages),
+        sampling_params(parameters, stop),
+        tools=engine_tools(tools),
+        enable_thinking=enable_thinking(parameters),
+    )
 
 
 def engine_messages(prompt_messages: Sequence[PromptMessage]) -> tuple[Message, ...]:
     """Messages without content (Dify sends an empty system prompt where none was written) are left out."""
-    messages = (Message(ROLES[message.role], _parts(message)) for message in prompt_messages)
-    return tuple(message for message in messages if message.parts)
+    return tuple(filter(_says_something, map(_message, prompt_messages)))
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.parts or message.tool_calls or message.role == "tool")
+
+
+def _message(message: PromptMessage) -> Message:
+    calls = engine_calls(message) if isinstance(message, AssistantPromptMessage) else ()
+    call_id = message.tool_call_id if isinstance(message, ToolPromptMessage) else ""
+    return Message(ROLES[message.role], _parts(message), calls, call_id)
 
 
 def _parts(message: PromptMessage) -> tuple[Part, ...]:
-    if isinstance(message, AssistantPromptMessage) and message.tool_calls:
-        raise InvalidRequest(
-            "the conversation contains tool calls; this model calls no tools: remove them from its agent"
-        )
     if message.content is None or isinstance(message.content, str):
         return (Text(message.content),) if message.content else ()
     return tuple(_content_parts(message.content))

@@ -18,7 +18,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import Cancelled, ContextOverflow, DeviceLost, EngineError, QueueFull, StorageError, UnknownModel
 from engine.host import serve
-from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Usage
+from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Tool, Usage
 
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
@@ -58,7 +58,7 @@ class FakeEngine:
             self._wake.set()
         return stream
 
-    def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
+    def count_tokens(self, model: str, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> int:
         if model == "slow":
             time.sleep(30)
         return sum(_weight(part) for message in messages for part in message.parts)

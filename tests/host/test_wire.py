@@ -10,7 +10,20 @@ import pytest
 from engine import wire
 from engine.config import EngineConfig
 from engine.errors import ContextOverflow, EngineError, InvalidParameter, InvalidRequest
-from engine.request import Chunk, Finished, Image, ImageUrl, Message, Request, SamplingParams, Text, Timings, Usage
+from engine.request import (
+    Chunk,
+    Finished,
+    Image,
+    ImageUrl,
+    Message,
+    Request,
+    SamplingParams,
+    Text,
+    Timings,
+    Tool,
+    ToolCall,
+    Usage,
+)
 
 MESSAGES = (
     Message("system", (Text("Answer in one word."),)),
@@ -19,6 +32,12 @@ MESSAGES = (
 )
 REQUEST = Request(
     "demo", MESSAGES, SamplingParams(temperature=0.5, seed=2**63 - 1, stop=("\n", "END"), max_tokens=7), timeout_s=1.5
+)
+TOOL = Tool("clock", "what time it is", '{"type": "object", "properties": {"zone": {"type": "string"}}}')
+CONVERSATION = (
+    Message("user", (Text("what time is it?"),)),
+    Message("assistant", (), (ToolCall("clock", '{"zone": "UTC"}', "1"),)),
+    Message("tool", (Text("noon"),), tool_call_id="1"),
 )
 FINISHED = Finished("stop", Usage(5, 4, 3, 2), Timings(0.1, 0.2, 0.3, 0.4, 0.5), from_cache=True)
 
@@ -35,6 +54,8 @@ def payload(message: wire.Query | wire.Answer) -> bytes:
         wire.Hello(EngineConfig().to_mapping()),
         wire.Submit(1, REQUEST),
         wire.Submit(2, Request("m", (Message("user", (Text("hi"),)),))),
+        wire.Submit(3, Request("m", CONVERSATION, tools=(TOOL, Tool("bare")), enable_thinking=False)),
+        wire.Count(4, "m", CONVERSATION, (TOOL,)),
         wire.Cancel(3),
         wire.Count(4, "demo", MESSAGES),
         wire.StatusQuery(5),
@@ -47,7 +68,14 @@ def test_a_query_survives_the_line(query: wire.Query) -> None:
 
 
 def test_an_answer_survives_the_line() -> None:
-    replies = ((1, Chunk("á \ud83d", 3)), (1, FINISHED), (2, 17), (3, {"memory": {"kv": 1.5}, "models": ["demo"]}))
+    called = Chunk("", 2, (ToolCall("clock", '{"zone": "ü"}', "7"), ToolCall("clock", "{}")))
+    replies = (
+        (1, Chunk("á \ud83d", 3)),
+        (5, called),
+        (1, FINISHED),
+        (2, 17),
+        (3, {"memory": {"kv": 1.5}, "models": ["demo"]}),
+    )
     assert wire.decode_answer(payload(wire.Ready(4711))) == wire.Ready(4711)
     assert wire.decode_answer(payload(wire.Replies(replies))) == wire.Replies(replies)
 
@@ -69,6 +97,12 @@ def test_images_travel_as_raw_bytes() -> None:
 def test_neighbouring_chunks_are_joined_and_nothing_else() -> None:
     merged = wire.merge_chunks([Chunk("a", 1), Chunk("", 1), Chunk("b", 2), FINISHED, 3])
     assert merged == [Chunk("ab", 4), FINISHED, 3]
+
+
+def test_joined_chunks_keep_their_calls_of_tools() -> None:
+    one, two = ToolCall("clock", "{}"), ToolCall("calendar", "{}")
+    merged = wire.merge_chunks([Chunk("a", 1, (one,)), Chunk("b", 2), Chunk("", 3, (two,))])
+    assert merged == [Chunk("ab", 6, (one, two))]
 
 
 def test_frames_are_read_one_after_the_other() -> None:
@@ -144,14 +178,17 @@ def test_what_no_host_sends_is_a_protocol_error(plain: object) -> None:
     ("content", "error"),
     [
         ([], InvalidRequest),
-        (["m", [], {}, None], InvalidRequest),
-        (["m", [["user", ["hi"]]], {"temperature": -1}, None], InvalidParameter),
-        (["m", [["user", ["hi"]]], {"warmth": 1}, None], InvalidRequest),
-        (["m", [["user", ["hi"]]], {"stop": 5}, None], InvalidRequest),
-        (["m", [["robot", ["hi"]]], {}, None], InvalidRequest),
-        (["m", [["user", [5]]], {}, None], InvalidRequest),
-        (["m", [["user", ["hi"]]], {}, "soon"], InvalidRequest),
-        (["m", {"user": "hi"}, {}, None], InvalidRequest),
+        (["m", [], {}, None, [], None], InvalidRequest),
+        (["m", [["user", ["hi"], [], ""]], {"temperature": -1}, None, [], None], InvalidParameter),
+        (["m", [["user", ["hi"], [], ""]], {"warmth": 1}, None, [], None], InvalidRequest),
+        (["m", [["user", ["hi"], [], ""]], {"stop": 5}, None, [], None], InvalidRequest),
+        (["m", [["robot", ["hi"], [], ""]], {}, None, [], None], InvalidRequest),
+        (["m", [["user", [5], [], ""]], {}, None, [], None], InvalidRequest),
+        (["m", [["user", ["hi"], [], ""]], {}, "soon", [], None], InvalidRequest),
+        (["m", [["user", ["hi"], [["name"]], ""]], {}, None, [], None], InvalidRequest),
+        (["m", [["user", ["hi"], [], ""]], {}, None, [["name", "what it is", "no JSON"]], None], InvalidParameter),
+        (["m", [["user", ["hi"], [], ""]], {}, None, [], "yes"], InvalidParameter),
+        (["m", {"user": "hi"}, {}, None, [], None], InvalidRequest),
     ],
 )
 def test_a_malformed_request_fails_alone(content: list[object], error: type[EngineError]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Generator
 
 from engine.config import EngineConfig
 from engine.errors import error_from_code
-from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Usage
+from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Tool, Usage
 
 closed: list[str] = []
 
@@ -37,7 +37,7 @@ class EngineClient:
             raise
         yield Finished("stop", Usage(7, index + 1, image_tokens=3), Timings(0.0, 0.0, 0.0), from_cache=command == "hit")
 
-    def count_tokens(self, model: str, messages: tuple[Message, ...]) -> int:
+    def count_tokens(self, model: str, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> int:
         return sum(len(part.text.split()) for message in messages for part in message.parts if isinstance(part, Text))
 
     def _answer(self, command: str, words: list[str], request: Request) -> Generator[str, None, None]:

@@ -17,6 +17,7 @@ from engine.catalog import BUNDLED, catalog
 from engine.config import EngineConfig
 from engine.errors import InvalidConfig, InvalidParameter
 from engine.request import SamplingParams
+from models.llm.parameters import RESPONSE_FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"en_US", "zh_Hans"}
@@ -186,7 +187,8 @@ def test_every_choice_of_the_form_is_a_valid_setting(field: dict[str, Any]) -> N
 def test_the_parameters_are_the_engines_with_its_defaults_and_within_its_ranges(path: Path) -> None:
     rules = {rule["name"]: rule for rule in yaml.safe_load(path.read_text(encoding="utf-8"))["parameter_rules"]}
     engine = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-    assert rules.keys() == engine.keys() - {"stop"}
+    assert rules.keys() - {"enable_thinking"} == engine.keys() - {"stop", "json_object"} | {"response_format"}
+    assert tuple(rules["response_format"]["options"]) == RESPONSE_FORMATS
     for name, rule in rules.items():
         for bound in ("min", "max"):
             if bound in rule:

@@ -58,7 +58,7 @@ def test_a_folder_of_the_storage_goes_by_its_name(daemon: Daemon, form: Form) ->
     assert schema["model"] == "mine"
     assert schema["label"]["en_us" if "en_us" in schema["label"] else "en_US"] == "mine"
     assert schema["fetch_from"] == "customizable-model"
-    assert schema["features"] == ["vision"]
+    assert schema["features"] == ["vision", "structured-output"]
     assert schema["model_properties"] == {"mode": "chat", "context_size": 4096}
 
 
@@ -116,7 +116,7 @@ def test_a_repository_is_described_by_its_hub_and_nothing_large_is_fetched(
     validate(daemon, NAME, form)
     assert time.monotonic() - started < 30
     schema = schema_of(daemon, NAME, form)
-    assert (schema["features"], schema["model_properties"]["context_size"]) == (["vision"], 4096)
+    assert (schema["features"], schema["model_properties"]["context_size"]) == (["vision", "structured-output"], 4096)
     assert not [name for name in hub.asked() if name.endswith(".safetensors")]
 
 

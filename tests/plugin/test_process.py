@@ -120,19 +120,13 @@ def test_a_wrong_setting_is_a_bad_request_that_names_it(daemon: Daemon) -> None:
     assert raised.value.kind == "InvokeBadRequestError"
 
 
-def test_tools_are_refused(daemon: Daemon) -> None:
-    tool = {"name": "clock", "description": "what time it is", "parameters": {}}
-    with pytest.raises(PluginError, match="calls no tools"):
-        list(daemon.invoke_llm(asks("say 1 word"), tools=[tool]))
-
-
 def test_tokens_are_counted(daemon: Daemon) -> None:
     assert daemon.num_tokens(asks("one two three")) == 3
     assert daemon.num_tokens(asks("")) == 0
 
 
 def test_the_schema_declares_vision(daemon: Daemon) -> None:
-    assert daemon.schema()["model_schema"]["features"] == ["vision"]
+    assert daemon.schema()["model_schema"]["features"] == ["vision", "structured-output"]
 
 
 def test_the_form_is_validated_without_the_engine(daemon: Daemon, tmp_path: Path) -> None:

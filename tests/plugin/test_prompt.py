@@ -10,7 +10,8 @@ from dify_plugin.entities.model.message import PromptMessage, ensure_prompt_mess
 
 from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
 from engine.request import Detail, Image, ImageUrl, Message, SamplingParams, Text
-from models.llm.prompt import engine_messages, engine_request, sampling_params
+from models.llm.parameters import sampling_params
+from models.llm.prompt import engine_messages, engine_request
 
 BYTES = bytes(range(256))
 BASE64 = base64.b64encode(BYTES).decode()
@@ -41,9 +42,8 @@ def test_roles_and_order_are_kept() -> None:
     )
 
 
-def test_developer_speaks_as_system_and_a_tools_result_as_user() -> None:
-    messages = engine_messages([said("developer", "rules"), said("tool", "42", tool_call_id="1")])
-    assert [message.role for message in messages] == ["system", "user"]
+def test_developer_speaks_as_system() -> None:
+    assert engine_messages([said("developer", "rules")])[0].role == "system"
 
 
 def test_images_and_texts_keep_their_order() -> None:
@@ -109,12 +109,6 @@ def test_messages_without_content_are_left_out(content: Any) -> None:
 def test_an_empty_prompt_is_refused(content: Any) -> None:
     with pytest.raises(InvalidRequest, match="the prompt is empty"):
         engine_request("demo", [said("user", content)], {})
-
-
-def test_tool_calls_in_the_conversation_are_refused() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    with pytest.raises(InvalidRequest, match="tool calls"):
-        engine_messages([said("assistant", "", tool_calls=[call])])
 
 
 def test_parameters_and_stop_words_are_handed_on() -> None:

@@ -31,6 +31,12 @@ def allowed(matcher: Matcher) -> list[int]:
     return tokens
 
 
+def matcher_of(grammars: Grammars, schema: str) -> Matcher:
+    matcher = grammars.matcher(schema)
+    assert matcher is not None
+    return matcher
+
+
 def spoken(tokenizer: Tokenizer, matcher: Matcher, seed: int) -> str:
     """What random tokens of those that the grammar allows spell."""
     random = np.random.default_rng(seed)
@@ -51,7 +57,7 @@ def test_whatever_is_chosen_of_the_allowed_tokens_fits(kind: str) -> None:
     grammars = Grammars(tokenizer, backend.get_vocab_size(), [EOS])
     for seed in range(15):
         schema = random_schema(seed)
-        text = spoken(tokenizer, grammars.matcher(json.dumps(schema)), seed)
+        text = spoken(tokenizer, matcher_of(grammars, json.dumps(schema)), seed)
         jsonschema.Draft202012Validator(schema).validate(json.loads(text))
 
 
@@ -59,7 +65,7 @@ def test_a_models_vocabulary_may_be_wider_or_narrower_than_its_tokenizers() -> N
     backend = vocabulary("bytes")
     size = backend.get_vocab_size()
     for vocab in (size + 70, size - 3):
-        matcher = Grammars(Tokenizer(backend), vocab, [EOS]).matcher('{"const": true}')
+        matcher = matcher_of(Grammars(Tokenizer(backend), vocab, [EOS]), '{"const": true}')
         logits = np.zeros((2, vocab), np.float32)
         constrain(logits, {1: matcher})
         assert np.flatnonzero(np.isfinite(logits[1])).tolist() == [one for one in allowed(matcher) if one < vocab]
@@ -69,7 +75,7 @@ def test_a_models_vocabulary_may_be_wider_or_narrower_than_its_tokenizers() -> N
 
 def test_only_the_end_may_follow_what_is_complete() -> None:
     tokenizer = Tokenizer(vocabulary("bytes"))
-    matcher = Grammars(tokenizer, tokenizer.size, [EOS, 7]).matcher('{"const": 1}')
+    matcher = matcher_of(Grammars(tokenizer, tokenizer.size, [EOS, 7]), '{"const": 1}')
     assert [tokenizer.decode([token]) for token in allowed(matcher)] == ["1"]
     matcher.commit(allowed(matcher)[0])
     assert allowed(matcher) == [EOS, 7]
@@ -81,7 +87,7 @@ def test_only_the_end_may_follow_what_is_complete() -> None:
 def test_one_sequence_does_not_move_another() -> None:
     tokenizer = Tokenizer(vocabulary("bytes"))
     grammars = Grammars(tokenizer, tokenizer.size, [EOS])
-    first, second = grammars.matcher('{"enum": ["a", "b"]}'), grammars.matcher('{"enum": ["a", "b"]}')
+    first, second = (matcher_of(grammars, '{"enum": ["a", "b"]}') for _ in range(2))
     before = allowed(second)
     first.commit(before[0])
     assert allowed(second) == before != allowed(first)
@@ -89,7 +95,7 @@ def test_one_sequence_does_not_move_another() -> None:
 
 def test_a_token_that_does_not_fit_leaves_a_problem_and_no_token() -> None:
     tokenizer = Tokenizer(vocabulary("bytes"))
-    matcher = Grammars(tokenizer, tokenizer.size, [EOS]).matcher('{"const": 1}')
+    matcher = matcher_of(Grammars(tokenizer, tokenizer.size, [EOS]), '{"const": 1}')
     matcher.commit(tokenizer.encode("2")[0])
     assert allowed(matcher) == []
     assert matcher.problem

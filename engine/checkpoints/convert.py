@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,10 +25,13 @@ from engine.families import Weight
 from engine.spec import FloatType, Precision
 from engine.storage import storage_error
 
+logger = logging.getLogger(__name__)
+
 # The type of everything that is not quantised.
 _DTYPES: dict[Precision, FloatType] = {"int8": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _WIDER: dict[FloatType, str] = {"float16": "bf16 or int8", "bfloat16": "int8 or fp32"}
 ALIGNMENT = 64  # bytes: a cache line, and more than any kernel asks for
+LOG_EVERY_S = 10.0
 _PARTIAL, _LOCK, _JOURNAL = ".partial", ".lock", "journal"
 
 OnProgress = Callable[[int, int], None]
@@ -77,7 +82,7 @@ def _convert(
         shutil.rmtree(folder)
     partial.mkdir(mode=0o700, exist_ok=True)
     try:
-        entries = _write_weights(checkpoint, precision, partial, digest, on_progress)
+        entries = _write_weights(checkpoint, precision, partial, digest, on_progress or _log_progress(checkpoint))
         (partial / _JOURNAL).unlink()
         write_manifest(partial / MANIFEST, digest, checkpoint.spec, precision, entries)
         for path in (partial / MANIFEST, partial):
@@ -108,8 +113,21 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _log_progress(checkpoint: Checkpoint) -> OnProgress:
+    """A line every ten seconds, for whoever wonders why a first load takes long."""
+    told_at = time.monotonic()
+
+    def log(done: int, total: int) -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at >= LOG_EVERY_S:
+            told_at = time.monotonic()
+            logger.info("converting %s: %d of %d MB", checkpoint.folder.name, done / 1e6, total / 1e6)
+
+    return log
+
+
 def _write_weights(
-    checkpoint: Checkpoint, precision: Precision, partial: Path, digest: str, on_progress: OnProgress | None
+    checkpoint: Checkpoint, precision: Precision, partial: Path, digest: str, report: OnProgress
 ) -> list[TensorEntry]:
     weights = checkpoint.weights()
     journal = Journal(partial / _JOURNAL, digest)
@@ -132,8 +150,7 @@ def _write_weights(
             stream.flush()
             journal.add(written)
             entries += written
-            if on_progress is not None:
-                on_progress(stream.tell(), total)
+            report(stream.tell(), total)
         stream.truncate()
         os.fsync(stream.fileno())
     return entries

@@ -180,6 +180,9 @@ def _record(partial: Path, endpoint: str, snapshot: Snapshot, files: list[Remote
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
+    if target.exists():  # somebody has copied it there meanwhile
+        shutil.rmtree(partial)
+        return
     for folder in (partial, target.parent):
         if folder == target.parent:
             partial.rename(target)

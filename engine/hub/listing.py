@@ -100,9 +100,8 @@ def _modelscope(client: httpx.Client, endpoint: str, name: str, revision: str) -
     wanted = _MODELSCOPE_MAIN if revision == MAIN else revision
     base = f"{endpoint}/api/v1/models/{name}/repo"
     answer = _json(client, f"{base}/files", {"Revision": wanted, "Recursive": "true"}, name)
-    if answer.get("Success") is False or answer.get("Code", 200) != 200:
-        raise DownloadFailed(_refusal(int(answer.get("Code", 0)) if str(answer.get("Code")).isdigit() else 0, "", name,
-                                      urlsplit(endpoint).netloc))  # fmt: skip
+    if answer.get("Success") is False:
+        raise DownloadFailed(f"{urlsplit(endpoint).netloc} refuses {name}: {str(answer.get('Message'))[:300]}")
     try:
         data = answer["Data"]
         commit = str((data.get("LatestCommitter") or {}).get("Id") or wanted)

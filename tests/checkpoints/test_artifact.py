@@ -241,6 +241,15 @@ def test_a_killed_conversion_goes_on_where_it_was_and_ends_the_same(
     assert sorted(path.name for path in again.folder.iterdir()) == ["artifact.json", "weights.bin"]
 
 
+def test_a_long_conversion_is_in_the_log(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "LOG_EVERY_S", 0.0)
+    with caplog.at_level("INFO", logger=module.__name__):
+        open_artifact(Checkpoint.open(saved), "int8", tmp_path)
+    assert re.fullmatch(r"converting tiny: \d+ of \d+ MB", caplog.messages[-1])
+
+
 def test_an_interrupted_conversion_goes_on_too(saved: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(saved)
     seen: list[tuple[int, int]] = []

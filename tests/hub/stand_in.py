@@ -30,6 +30,7 @@ class Faults:
     no_ranges: bool = False
     wrong_ranges: bool = False
     pause_s: float = 0.0  # between blocks of 4 KiB
+    refusal: str = ""  # ModelScope's way: an answer that is none, with status 200
     page: bool = False  # answer everything with a web page
     redirect: str = ""  # send files' requests to this address
 
@@ -137,6 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"id": name, "sha": COMMIT, "gated": False, "siblings": siblings})
 
     def _modelscope(self, name: str, is_listing: bool, query: dict[str, list[str]]) -> None:
+        if refusal := self.stand_in.faults.refusal:
+            self._json({"Code": 10010205001, "Success": False, "Data": None, "Message": refusal})
+            return
         if query["Revision"] != ["master"]:
             self._refuse(404, "")
             return

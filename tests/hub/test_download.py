@@ -164,6 +164,26 @@ def test_a_revision_that_is_not_there_is_said_to_be_missing(hub: HubStandIn, fet
         fetch(f"{NAME}@v9", hub_endpoint=getattr(hub, hub_name))
 
 
+def test_modelscope_s_refusal_is_passed_on(hub: HubStandIn, fetch: Fetch) -> None:
+    hub.faults.refusal = "record not found"
+    with pytest.raises(DownloadFailed, match=f"refuses {NAME}: record not found"):
+        fetch(hub_endpoint=hub.modelscope)
+
+
+def test_a_folder_that_was_copied_meanwhile_is_the_model(hub: HubStandIn, fetch: Fetch, tmp_path: Path) -> None:
+    brought = tmp_path / "models" / "someone--tiny"
+
+    def copy(*_: object) -> None:
+        brought.mkdir()
+        (brought / "config.json").write_text("{}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_record", copy)
+        assert fetch() == brought
+    assert [path.name for path in brought.iterdir()] == ["config.json"]
+    assert not (tmp_path / "models" / ".someone--tiny.partial").exists()
+
+
 def test_a_revision_has_a_folder_of_its_own(hub: HubStandIn, fetch: Fetch, tmp_path: Path) -> None:
     assert fetch(f"{NAME}@{COMMIT}").name == f"someone--tiny@{COMMIT}"
     assert_nothing_is_there_but(tmp_path, f"someone--tiny@{COMMIT}")

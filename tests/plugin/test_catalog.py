@@ -50,8 +50,8 @@ def test_a_family_that_is_offered_as_one_that_sees_has_a_tower(family: str) -> N
     config: dict[str, Any] = json.loads(AutoConfig.for_model(family).to_json_string(use_diff=False))
     # transformers' defaults of tower and decoder do not always fit each other
     config["vision_config"]["out_hidden_size"] = config["text_config"]["hidden_size"]
-    if family == "smolvlm":
-        config["vision_config"] |= {"image_size": 512, "patch_size": 16}
+    sizes = {"smolvlm": {"image_size": 512, "patch_size": 16}, "gemma3": {"image_size": 896, "patch_size": 14}}
+    config["vision_config"] |= sizes.get(family, {})
     spec = family_for(config).spec(CheckpointConfig(model=config, generation={}, preprocessor={}))
     sees = {model.vision for model in offered() if model.family == family}
     assert sees == {spec.vision is not None}

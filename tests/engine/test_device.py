@@ -259,7 +259,7 @@ def test_activations_too_large_for_float16_get_bfloat16(
 
 def test_float16_is_refused_where_it_does_not_hold_the_activations() -> None:
     config = EngineConfig(precision="fp16")
-    with pytest.raises(InvalidConfig, match="fp16 does not hold this model's activations.*choose bf16 or int8"):
+    with pytest.raises(InvalidConfig, match=r"fp16 does not hold this model's activations.*choose bf16 or int8"):
         resolve_precision(config, Devices((H100,)), "bfloat16", wide_activations=True)
     for chosen in ("auto", "int8"):
         with pytest.raises(InvalidConfig, match="need bf16, and T4 is too old"):

@@ -114,7 +114,10 @@ class Reference:
 
     def inputs(self, messages: list[Message], pictures: list[Picture.Image]) -> Any:
         text = self.processor.apply_chat_template(as_dicts(messages), add_generation_prompt=True)
-        return self.processor(text=[text], images=pictures or None, return_tensors="np")
+        # As `apply_chat_template` does it where it makes tokens, too.
+        bos = self.processor.tokenizer.bos_token
+        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        return self.processor(text=[text], images=pictures or None, return_tensors="np", **options)
 
 
 def as_dicts(messages: list[Message]) -> list[dict[str, Any]]:

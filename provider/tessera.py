@@ -14,9 +14,11 @@ from engine.check import check
 from engine.errors import EngineError
 from models._settings import engine_config
 
-logger = logging.getLogger(__name__)
+# To the protocol alone: on stderr every line would be one of the daemon's warnings.
+logger = logging.getLogger("tessera.setup")
 logger.setLevel(logging.INFO)
 logger.addHandler(plugin_logger_handler)
+logger.propagate = False
 
 
 class TesseraProvider(ModelProvider):

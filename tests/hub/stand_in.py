@@ -25,6 +25,7 @@ class Faults:
     """By path of a file; numbers count requests down to 0, where the fault is over."""
 
     breaks: dict[str, list[int]] = field(default_factory=dict)  # close after so many bytes, one for each request
+    stall_s: float = 0.0  # say nothing for so long before such a close
     statuses: dict[str, list[int]] = field(default_factory=dict)  # answer with these instead
     content: dict[str, bytes] = field(default_factory=dict)  # serve other bytes than the listing announces
     no_ranges: bool = False
@@ -193,6 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             if faults.pause_s:
                 time.sleep(faults.pause_s)
         if limit < len(body):
+            time.sleep(faults.stall_s)
             self.close_connection = True
 
     def _json(self, value: Any) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from engine.catalog import find_checkpoint, known_models
 from engine.config import EngineConfig
 from engine.errors import Cancelled, CheckpointError, DownloadFailed, StorageError, UnknownModel
 from engine.hub import download as module
-from engine.hub import transfer
+from engine.hub import listing, transfer
 from engine.hub.download import download
 from tests.hub.conftest import NAME, SHARDS, UNWANTED
 from tests.hub.stand_in import COMMIT, HubStandIn
@@ -63,6 +64,15 @@ def test_a_line_that_breaks_is_taken_up_where_it_broke(hub: HubStandIn, fetch: F
     assert_is_whole(fetch(), hub)
     ranges = [headers.get("Range") for path, headers in hub.requests if path.endswith(SHARDS[0])]
     assert ranges == [None, "bytes=40000-", "bytes=70000-"]
+
+
+def test_a_line_that_falls_silent_is_taken_up_too(
+    hub: HubStandIn, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "TIMEOUT", httpx.Timeout(0.5))
+    hub.faults.breaks[SHARDS[0]], hub.faults.stall_s = [40_000], 2.0
+    assert_is_whole(fetch(), hub)
+    assert hub.asked()[SHARDS[0]] == 2
 
 
 def test_a_later_download_goes_on_with_what_an_earlier_one_left(hub: HubStandIn, fetch: Fetch, tmp_path: Path) -> None:

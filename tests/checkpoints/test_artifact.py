@@ -96,6 +96,22 @@ def test_an_offset_is_added_before_a_value_is_rounded(saved: Path, tmp_path: Pat
             assert np.array_equal(artifact.tensor(weight.name), wanted.astype(TYPES[precision])), weight.name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_matrix_that_is_stored_transposed_is_turned_in_blocks(
+    saved: Path, tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpoints.checkpoint._BLOCK_BYTES", 4 * 64 * 5)
+    checkpoint = Checkpoint.open(saved)
+    name = "layers.0.down.weight"
+    weights = tuple(dataclasses.replace(weight, transposed=weight.name == name) for weight in checkpoint.weights())
+    family = dataclasses.replace(checkpoint.family, weights=lambda spec: weights)
+    turned = open_artifact(dataclasses.replace(checkpoint, family=family), precision, tmp_path)
+    source = np.concatenate(list(checkpoint.blocks(next(one for one in checkpoint.weights() if one.name == name)))).T
+    wanted = quantise_rows(source)[0] if precision == "int8" else source.astype(TYPES[precision])
+    assert source.shape[0] != source.shape[1]
+    assert np.array_equal(turned.tensor(name), wanted)
+
+
 def test_int8_is_less_than_a_third_of_fp32(saved: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(saved)
     full, small = (open_artifact(checkpoint, precision, tmp_path) for precision in ("fp32", "int8"))

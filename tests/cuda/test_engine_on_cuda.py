@@ -22,6 +22,7 @@ SIZES = {
     "demo": [(64, 64), (128, 100)],
     "tiny-smolvlm": [(20, 20), (90, 40)],
     "tiny-qwen2-vl": [(56, 56), (84, 140)],
+    "tiny-gemma3": [(20, 20), (90, 41)],
 }
 Result = tuple[str, str, int]  # text, reason, tokens
 
@@ -46,15 +47,18 @@ def on_cpu(start: Start, requests: Iterable[Request]) -> list[Result]:
     return together(start(device="cpu", precision="fp32"), requests)
 
 
-@pytest.mark.parametrize(("model", "count"), [("demo", 8), ("tiny-smolvlm", 16), ("tiny-qwen2-vl", 16)])
+@pytest.mark.parametrize(
+    ("model", "count"), [("demo", 8), ("tiny-smolvlm", 16), ("tiny-qwen2-vl", 16), ("tiny-gemma3", 16)]
+)
 def test_greedy_answers_are_those_of_the_cpu(start: Start, on_gpu: StartOnGpu, model: str, count: int) -> None:
     requests = greedy(count, model)
     assert together(on_gpu(), requests) == on_cpu(start, requests)
 
 
-def test_attention_of_plain_operators_answers_alike(start: Start, on_gpu: StartOnGpu) -> None:
+@pytest.mark.parametrize("model", ["tiny-qwen2-vl", "tiny-gemma3"])
+def test_attention_of_plain_operators_answers_alike(start: Start, on_gpu: StartOnGpu, model: str) -> None:
     """What fp32 runs with on a real device."""
-    requests = greedy(6, "tiny-qwen2-vl")
+    requests = greedy(6, model)
     assert together(on_gpu(FakeGpu(paged=False)), requests) == on_cpu(start, requests)
 
 
@@ -65,7 +69,7 @@ def test_operators_of_our_own_answer_as_int8_does_on_the_cpu(start: Start, on_gp
     assert found == together(start(device="cpu", precision="int8"), requests)
 
 
-@pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl"])
+@pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl", "tiny-gemma3"])
 def test_requests_together_give_the_tokens_that_each_gives_alone(on_gpu: StartOnGpu, model: str) -> None:
     requests = mixed_requests(10, model, sizes=SIZES[model])
     engine = on_gpu(FakeGpu(blocks=256))

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SmolVLMConfig,
@@ -17,6 +20,7 @@ from transformers import (
 from engine.config import EngineConfig
 from engine.engine import Engine
 from tests.prompts import checkpoints
+from tests.prompts.checkpoints import Reference
 from tests.runtime.models import randomise
 
 Start = Callable[..., Engine]
@@ -24,10 +28,12 @@ Start = Callable[..., Engine]
 
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With models/tiny-smolvlm (splits images) and models/tiny-qwen2-vl (any resolution, M-RoPE)."""
+    """With models/tiny-smolvlm (splits images), tiny-qwen2-vl (any resolution, M-RoPE) and tiny-gemma3 (windows)."""
     folder = tmp_path_factory.mktemp("storage")
     _smolvlm(folder / "models" / "tiny-smolvlm")
     _qwen2_vl(folder / "models" / "tiny-qwen2-vl")
+    gemma3 = checkpoints.gemma3(folder / "models" / "tiny-gemma3")
+    randomise(tiny_gemma3(gemma3)).save_pretrained(gemma3.folder)
     return folder
 
 
@@ -93,3 +99,35 @@ def _qwen2_vl(folder: Path) -> None:
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     randomise(Qwen2VLForConditionalGeneration(config)).save_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def tiny_gemma3(reference: Reference) -> PreTrainedModel:
+    """Windows of 24 tokens in two of three layers, which is less than an image and the words around it."""
+    tokens = reference.spec.tokens
+    config = Gemma3Config(
+        text_config={
+            **_text(len(reference.processor.tokenizer)),
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "image_size": 32,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=16,
+        image_token_index=tokens.image,
+        boi_token_index=tokens.image_start,
+        eoi_token_index=tokens.image_end,
+    )
+    return Gemma3ForConditionalGeneration(config)

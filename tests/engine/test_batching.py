@@ -15,6 +15,7 @@ SIZES = {
     "demo": [(64, 64), (300, 80), (33, 90)],
     "tiny-smolvlm": [(20, 20), (90, 40), (64, 90)],
     "tiny-qwen2-vl": [(56, 56), (120, 80), (84, 140)],
+    "tiny-gemma3": [(20, 20), (90, 41)],
 }
 
 
@@ -43,7 +44,7 @@ def batch_sizes(engine: Engine, model: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [("demo", "int8"), ("demo", "fp32"), ("tiny-smolvlm", "fp32"), ("tiny-qwen2-vl", "int8")],
+    [("demo", "int8"), ("demo", "fp32"), ("tiny-smolvlm", "fp32"), ("tiny-qwen2-vl", "int8"), ("tiny-gemma3", "int8")],
 )
 def test_64_requests_together_give_exactly_the_tokens_that_each_gives_alone(
     start: Start, model: str, precision: str

@@ -12,8 +12,6 @@ import pytest
 import torch
 from PIL import Image as Picture
 from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -24,7 +22,7 @@ from transformers import (
 )
 
 from tests.engine.asking import ask, picture, request
-from tests.engine.conftest import Start
+from tests.engine.conftest import Start, tiny_gemma3
 from tests.prompts import checkpoints
 from tests.prompts.checkpoints import Reference, question
 from tests.runtime.models import randomise
@@ -103,41 +101,8 @@ def qwen3_5(folder: Path) -> Tiny:
 
 
 def gemma3(folder: Path) -> Tiny:
-    """Windows of 24 tokens in two of three layers, which is less than an image and the words around it."""
     reference = checkpoints.gemma3(folder)
-    tokens = reference.spec.tokens
-    config = Gemma3Config(
-        text_config={
-            "vocab_size": len(reference.processor.tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "query_pre_attn_scalar": 24,
-            "sliding_window": 24,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "max_position_embeddings": 1024,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "image_size": 32,
-            "patch_size": 4,
-            "vision_use_head": False,
-        },
-        mm_tokens_per_image=16,
-        image_token_index=tokens.image,
-        boi_token_index=tokens.image_start,
-        eoi_token_index=tokens.image_end,
-    )
-    return Tiny(reference, Gemma3ForConditionalGeneration(config))
+    return Tiny(reference, tiny_gemma3(reference))
 
 
 MODELS: dict[str, Callable[[Path], Tiny]] = {

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from engine.errors import CheckpointError
 from engine.families import CheckpointConfig, family_for
-from engine.spec import ModelSpec
+from engine.spec import ModelSpec, SiglipSpec
 
 
 def read(config: dict[str, Any]) -> ModelSpec:
@@ -77,6 +77,45 @@ def test_what_is_not_supported_is_said_by_name(config: dict[str, Any], message: 
     with pytest.raises(CheckpointError) as caught:
         read_text(**config)
     assert message in str(caught.value)
+
+
+def test_vision_fields_left_out_mean_what_transformers_means() -> None:
+    spec = read({"model_type": "gemma3", "vision_config": {"image_size": 896, "patch_size": 14}})
+    theirs = Gemma3Config(vision_config=SiglipVisionConfig(image_size=896, patch_size=14))
+    vision: Any = theirs.vision_config
+    assert isinstance(spec.vision, SiglipSpec)
+    assert (spec.vision.layers, spec.vision.hidden) == (vision.num_hidden_layers, vision.hidden_size)
+    assert (spec.vision.heads, spec.vision.intermediate) == (vision.num_attention_heads, vision.intermediate_size)
+    assert (spec.vision.norm_eps, spec.vision.activation) == (vision.layer_norm_eps, vision.hidden_act)
+    assert (spec.vision.connector, spec.vision.shuffle, spec.vision.tokens_per_tile) == ("mean", 4, 256)
+    tokens = (theirs.image_token_index, theirs.boi_token_index, theirs.eoi_token_index)
+    assert (spec.tokens.image, spec.tokens.image_start, spec.tokens.image_end) == tokens
+    assert spec.decoder.mutual_images
+    assert spec.half == "bfloat16"
+    assert not read_text().decoder.mutual_images
+
+
+@pytest.mark.parametrize("tokens", [255, 225, 4225])
+def test_an_images_tokens_must_be_a_square_that_fits_its_patches(tokens: int) -> None:
+    config = {"model_type": "gemma3", "vision_config": {"image_size": 896, "patch_size": 14}}
+    with pytest.raises(CheckpointError, match=f"mm_tokens_per_image is {tokens}.*64 patches"):
+        read(config | {"mm_tokens_per_image": tokens})
+
+
+@pytest.mark.parametrize(
+    ("stored", "source"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "text.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.norm.weight", "text.norm.weight"),
+        ("vision_tower.vision_model.post_layernorm.bias", "vision.post_layernorm.bias"),
+        ("model.vision_tower.post_layernorm.bias", "vision.post_layernorm.bias"),
+        ("multi_modal_projector.mm_soft_emb_norm.weight", "projector.mm_soft_emb_norm.weight"),
+        ("model.multi_modal_projector.mm_soft_emb_norm.weight", "projector.mm_soft_emb_norm.weight"),
+        ("language_model.lm_head.weight", "head.weight"),
+    ],
+)
+def test_tensors_are_found_under_old_names_and_new(stored: str, source: str) -> None:
+    assert family_for({"model_type": "gemma3"}).source_name(stored) == source
 
 
 def test_a_cap_on_logits_is_read() -> None:

@@ -16,7 +16,7 @@ import httpx
 
 from engine.catalog import Repository, models_folder
 from engine.config import EngineConfig
-from engine.describe import CONFIG, Description, describe
+from engine.describe import CONFIG, FILES, Description, describe
 from engine.errors import CheckpointError, DownloadFailed
 from engine.files import replace_file
 from engine.hub.listing import list_files, open_client, require_success
@@ -25,8 +25,6 @@ from engine.storage import storage_error
 
 LIMIT_S = 6.0
 _POLL_S = 0.1
-# The last file is the one that tells that all are there.
-_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json", CONFIG)
 
 
 def preview(repository: Repository, folder: str, config: EngineConfig, limit_s: float = LIMIT_S) -> Description:
@@ -74,7 +72,7 @@ def _fill(repository: Repository, partial: Path, config: EngineConfig, limit_s: 
             if CONFIG not in snapshot.files:
                 raise DownloadFailed(f"{repository.name} has no {CONFIG}; it is no checkpoint in Hugging Face layout")
             partial.mkdir(mode=0o700, exist_ok=True)
-            for file in (snapshot.files[path] for path in _FILES if path in snapshot.files):
+            for file in (snapshot.files[path] for path in FILES if path in snapshot.files):
                 response = client.get(file.url, timeout=max(0.1, deadline - time.monotonic()))
                 require_success(response, repository.name)
                 replace_file(partial / file.path, response.content)

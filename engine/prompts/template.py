@@ -46,7 +46,7 @@ class ChatTemplate:
             raise CheckpointError(f"{file} is not a valid chat template: {error}") from error
         self._names = special_tokens(folder)
         self._knows_reasoning = CLOSING in source
-        self._may_think = OPENING in source or "enable_thinking" in source
+        self.may_think = OPENING in source or "enable_thinking" in source
         self._has_images = has_images
         self._takes_system = True
         try:
@@ -62,7 +62,7 @@ class ChatTemplate:
         Where the template knows no system role, system messages go before the text of the first user message; where it
         knows no tools, their results are the user's. `thinking` False gives a prompt that the answer follows at once.
         """
-        if thinking and not self._may_think:
+        if thinking and not self.may_think:
             raise InvalidParameter("this model does not think before it answers; switch enable_thinking off")
         if self.tool_format is None:
             messages = _without_tools(messages, tools)

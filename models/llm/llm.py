@@ -117,7 +117,7 @@ class TesseraLargeLanguageModel(LargeLanguageModel):
     def get_customizable_model_schema(self, model: str, credentials: Mapping[str, Any]) -> AIModelEntity | None:
         """None for a model that is neither here nor on its way; the engine says so when it is asked for it."""
         try:
-            return own_model_schema(model, engine_config(credentials), self.predefined_models()[0].parameter_rules)
+            return own_model_schema(model, engine_config(credentials), self.predefined_models())
         except EngineError:
             return None
 

@@ -22,20 +22,34 @@ from engine.hub.origin import require_repository
 from engine.hub.preview import preview
 from engine.hub.progress import model_state, partial_folder
 
+ENABLE_THINKING = ParameterRule.model_validate(
+    {
+        "name": "enable_thinking",
+        "label": {"en_US": "Thinking", "zh_Hans": "思考"},
+        "type": "boolean",
+        "help": {
+            "en_US": "Whether the model reasons before it answers. Left empty, the model's own default holds.",
+            "zh_Hans": "模型是否在回答前进行思考。留空则使用模型自身的默认设置。",
+        },
+        "required": False,
+    }
+)
+CALLS = (ModelFeature.TOOL_CALL, ModelFeature.MULTI_TOOL_CALL, ModelFeature.STREAM_TOOL_CALL)
 MAX_TOKENS = 1024  # unless the workflow says otherwise; an answer ends earlier where the model ends it
 
 
-def own_model_schema(model: str, config: EngineConfig, rules: Sequence[ParameterRule]) -> AIModelEntity | None:
+def own_model_schema(model: str, config: EngineConfig, predefined: Sequence[AIModelEntity]) -> AIModelEntity | None:
     """A model that is here or on its way; None for one of which nothing is known yet. Asks no hub.
 
-    `rules` are the predefined models'.
+    Its parameters are those of the predefined models, which differ in nothing but limits and the switch for thinking.
     """
     folder = model_state(model, config.storage).folder or partial_folder(folder_name(model), config.storage)
     try:
         description = describe(folder)
     except CheckpointError:
         return None
-    return _schema(model, description, rules)
+    rules = [rule for rule in predefined[0].parameter_rules if rule.name != ENABLE_THINKING.name]
+    return _schema(model, description, [*rules, ENABLE_THINKING] if description.thinking else rules)
 
 
 def require_own_model(model: str, config: EngineConfig) -> Description:
@@ -55,10 +69,18 @@ def _schema(model: str, description: Description, rules: Sequence[ParameterRule]
         label=I18nObject.model_validate({"en_US": model}),
         model_type=ModelType.LLM,
         fetch_from=FetchFrom.CUSTOMIZABLE_MODEL,
-        features=[*([ModelFeature.VISION] if description.vision else []), ModelFeature.STRUCTURED_OUTPUT],
+        features=_features(description),
         model_properties={ModelPropertyKey.MODE: "chat", ModelPropertyKey.CONTEXT_SIZE: description.context},
         parameter_rules=[_fitted(rule, description.context) for rule in rules],
     )
+
+
+def _features(description: Description) -> list[ModelFeature]:
+    return [
+        *((ModelFeature.VISION,) if description.vision else ()),
+        ModelFeature.STRUCTURED_OUTPUT,
+        *(CALLS if description.tools else ()),
+    ]
 
 
 def _fitted(rule: ParameterRule, context: int) -> ParameterRule:

@@ -15,6 +15,8 @@ from engine import errand
 from engine.catalog import ROOT
 from engine.describe import Description, describe
 from engine.errors import CheckpointError
+from tests.prompts.checkpoints import QWEN_TEMPLATE
+from tests.prompts.tool_templates import JSON_TOOLS
 
 
 def folder_with(tmp_path: Path, **config: Any) -> Path:
@@ -29,6 +31,18 @@ def test_the_demo_sees_and_its_context_is_known() -> None:
 def test_a_text_model_has_no_vision(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=40960)
     assert describe(folder) == Description(context=40960, vision=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "thinking"),
+    [(JSON_TOOLS, True, True), (QWEN_TEMPLATE, False, False), ("{% oops", False, False)],
+)
+def test_its_template_says_whether_it_calls_tools_and_thinks(
+    tmp_path: Path, template: str, tools: bool, thinking: bool
+) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template)
+    folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=100)
+    assert describe(folder) == Description(context=100, tools=tools, thinking=thinking)
 
 
 def test_a_configuration_that_changed_is_read_again(tmp_path: Path) -> None:

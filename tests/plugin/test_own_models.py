@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from dify_plugin.entities.model import ParameterRule
 
 from cli.daemon import Daemon, PluginError
 from engine.catalog import ROOT
+from models.llm.own import ENABLE_THINKING
 from tests.hub.conftest import NAME, tiny_repository
 from tests.hub.stand_in import HubStandIn
+from tests.prompts.tool_templates import JSON_TOOLS
 
 Form = dict[str, str]
 
@@ -81,6 +84,19 @@ def test_what_the_model_can_do_is_read_and_not_typed(daemon: Daemon, form: Form)
     schema = schema_of(daemon, "text", form)
     assert "vision" not in schema["features"]
     assert schema["model_properties"]["context_size"] == 40960
+
+
+def test_its_template_says_whether_it_calls_tools_and_thinks(daemon: Daemon, form: Form) -> None:
+    folder = bring(Path(form["storage"]) / "models" / "mine")
+    (folder / "chat_template.jinja").write_text(JSON_TOOLS)
+    schema = schema_of(daemon, "mine", form)
+    assert {"tool-call", "multi-tool-call", "stream-tool-call"} <= set(schema["features"])
+    assert schema["parameter_rules"][-1]["name"] == "enable_thinking"
+
+
+def test_the_thinking_switch_is_the_predefined_models() -> None:
+    rules = yaml.safe_load((ROOT / "models" / "llm" / "qwen3.5-2b.yaml").read_text(encoding="utf-8"))["parameter_rules"]
+    assert ParameterRule.model_validate(rules[-1]) == ENABLE_THINKING
 
 
 def test_the_parameters_are_those_of_the_predefined_models(daemon: Daemon, form: Form) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +44,29 @@ def test_a_fixed_number_of_tokens_can_be_asked_for(daemon: Daemon) -> None:
     *_, last = daemon.invoke_llm(about(picture(), "what shape is in the image?"), parameters)
     assert last["delta"]["usage"]["completion_tokens"] == 20
     assert last["delta"]["finish_reason"] == "length"
+
+
+def test_an_answer_fits_the_schema_that_dify_sends_along(daemon: Daemon) -> None:
+    schema = {"type": "object", "properties": {"shape": {"enum": ["circle", "rectangle"]}}, "required": ["shape"]}
+    parameters = {
+        "response_format": "json_schema",
+        "json_schema": json.dumps({"schema": schema, "name": "llm_response"}),
+        "max_tokens": 60,
+    }
+    answer = list(daemon.invoke_llm(about(picture("circle"), "what shape is in the image?"), parameters))
+    assert json.loads(text_of(answer))["shape"] in ("circle", "rectangle")  # it was not taught to say it in JSON
+    assert answer[-1]["delta"]["finish_reason"] == "stop"
+    odd = parameters | {"json_schema": '{"type": "array", "uniqueItems": true}'}
+    with pytest.raises(PluginError, match="uniqueItems") as raised:
+        list(daemon.invoke_llm(about(picture(), "what shape is in the image?"), odd))
+    assert raised.value.kind == "InvokeBadRequestError"
+
+
+def test_tools_are_refused_by_a_model_that_calls_none(daemon: Daemon) -> None:
+    tool = {"name": "clock", "description": "what time it is", "parameters": {}}
+    with pytest.raises(PluginError, match="calls no tools") as raised:
+        list(daemon.invoke_llm(about(picture(), "what time is it?"), tools=[tool]))
+    assert raised.value.kind == "InvokeBadRequestError"
 
 
 def test_the_number_of_tokens_is_what_the_usage_says(daemon: Daemon) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from engine.spec import FloatType, Precision
 from tests.cuda.paged import Paged, Part
+from tests.cuda.reference import ReferenceSession
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import PROMPT, STEPS, Tiny, make_tiny, tiny, tiny_mrope
 
@@ -52,6 +53,16 @@ def test_a_row_decodes_beside_an_image_that_sees_itself(
     found = [paged.step(Part(2, case, 4, 20), Part(0, other, 30, 31)), paged.step(Part(2, case, 20, 50))]
     wanted = np.stack([case.logits[19], other.logits[30], case.logits[49]])
     assert relative_error(np.concatenate(found), wanted) < limit
+
+
+def test_the_rehearsal_takes_the_memory_of_images_that_see_themselves_too(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    decoder = Paged(make_tiny("gemma3", tmp_path_factory), "bf16", "bfloat16").decoder
+    sessions = (decoder._session, decoder._mutual)
+    assert all(isinstance(session, ReferenceSession) and not session.runs for session in sessions)
+    decoder.rehearse()
+    assert [session.runs for session in sessions if isinstance(session, ReferenceSession)] == [[None], [None]]
 
 
 def _mixed_steps(tiny: Tiny, paged: Paged) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -105,7 +106,10 @@ class PagedDecoder:
         positions = np.broadcast_to(np.arange(total, dtype=np.int32) % longest, (self.spec.rope.axes, total))
         tables = np.zeros((len(starts), -(-longest // self._block_size)), np.int32)
         ids, zero = np.zeros(total, np.int32), np.zeros(1, np.int32)
-        self.run(PackedStep(ids, positions, counts, np.zeros_like(counts), tables, zero, zero))
+        step = PackedStep(ids, positions, counts, np.zeros_like(counts), tables, zero, zero)
+        self.run(step)
+        if self._mutual is not None:  # a session takes memory of its own
+            self.run(replace(step, mutual=True))
 
     def cached(self, part: str, layer: int, table: Int32, tokens: int) -> torch.Tensor:
         """What the cache holds of a sequence's first tokens, [tokens, kv_heads, head_dim]; `table` has their blocks."""

@@ -28,6 +28,7 @@ MOST_THREADS = 8
 KEPT = 64  # compiled schemas per model: a workflow's node sends the same one each time
 # Between tokens of JSON: nothing, a space, or a new line and its indent. Unbounded, a weak model would never go on.
 _WHITESPACE = r"( |\n {0,8})?"
+_FEW = 16  # up to a share of 1 / 16 places are written one by one
 _NARROW = 3  # with less room than this for digits it matters how many a token has
 
 
@@ -64,7 +65,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
         size = max(vocab, tokenizer.size)
-        self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=list(eos))
+        slices = llguidance.LLTokenizer.json_slices()
+        self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=list(eos), slices=slices)
         self.words = -(-size // 32)
         starts = np.array([leading_digits(self.token_bytes(token)) for token in range(tokenizer.size)])
         self._digits = np.pad(starts, (0, 32 * self.words - len(starts)))
@@ -137,9 +139,22 @@ def masks(matchers: Sequence[Matcher]) -> Words:
 def constrain(logits: NDArray[np.float32], matchers: Mapping[int, Matcher]) -> None:
     """Set what may not come next to minus infinity, in place, in the rows of logits [B, V] that have a matcher."""
     for row, words in zip(matchers, masks(list(matchers.values())), strict=True):
-        values = logits[row]
-        forbidden = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(values)] == 0
-        np.copyto(values, -np.inf, where=forbidden)
+        _forbid(logits[row], words)
+
+
+def _forbid(values: NDArray[np.float32], words: Words) -> None:
+    """Minus infinity where the mask has no bit. Mostly few tokens are allowed, or in a text few are not."""
+    allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(values)].view(np.bool_)
+    count = np.count_nonzero(allowed)
+    if count < len(values) // _FEW:
+        places = np.flatnonzero(allowed)
+        kept = values[places]
+        values.fill(-np.inf)
+        values[places] = kept
+    elif count > len(values) - len(values) // _FEW:
+        values[np.flatnonzero(~allowed)] = -np.inf
+    else:
+        np.copyto(values, -np.inf, where=~allowed)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from engine.errors import (
     QueueFull,
 )
 from engine.fetch import ImageFetcher
-from engine.hub.downloads import Downloads, then
+from engine.hub.downloads import Downloads
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
@@ -188,15 +188,9 @@ class Engine:
             key = model_name(name, self.config.storage)
             future = self._models.get(key)
             if future is None or (future.done() and future.exception() is not None):
-                future = self._models[key] = self._start_loading(name)
+                future = self._models[key] = self._downloads.after(name, lambda: self._loader.submit(self._load, key))
             self._last_used[key] = time.monotonic()
             return future
-
-    def _start_loading(self, name: str) -> Future[Model]:
-        def load() -> Future[Model]:
-            return self._loader.submit(self._load, model_name(name, self.config.storage))
-
-        return load() if self._downloads.require(name) else then(self._downloads.start(name), load)
 
     def _load(self, name: str) -> Model:
         """On the loader's thread, which is the only one that starts loops."""

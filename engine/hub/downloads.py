@@ -54,6 +54,15 @@ class Downloads:
         require_repository(name, self._config)
         return False
 
+    def after[T](self, name: str, load: Callable[[], Future[T]]) -> Future[T]:
+        """What `load` starts, now or when the model has been downloaded; its failure says why it will not come."""
+        try:
+            return load() if self.require(name) else _then(self.start(name), load)
+        except UnknownModel as error:  # taken away since somebody looked
+            failed: Future[T] = Future()
+            failed.set_exception(error)
+            return failed
+
     def wait(self, name: str) -> None:
         """Until the model is here, `download_wait_s` at most. Raises ModelDownloading, or why it will not come."""
         if not self.require(name):
@@ -112,7 +121,7 @@ class Downloads:
             future.set_exception(problem)
 
 
-def then[T](first: Future[Path], second: Callable[[], Future[T]]) -> Future[T]:
+def _then[T](first: Future[Path], second: Callable[[], Future[T]]) -> Future[T]:
     """What `second` starts when `first` has succeeded; `first`'s failure when it has not."""
     result: Future[T] = Future()
 

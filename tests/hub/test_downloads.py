@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from engine.catalog import find_checkpoint
 from engine.config import EngineConfig
-from engine.errors import DownloadFailed, UnknownModel
+from engine.errors import DownloadFailed, EngineStopped, UnknownModel
 from engine.hub.downloads import Downloads
 from engine.hub.progress import ModelState, Progress, ProgressFile, label, model_state, read_progress
 from tests.hub.conftest import NAME, SHARDS
@@ -51,6 +51,25 @@ def test_while_it_runs_everybody_sees_how_far_it_is(hub: HubStandIn, downloads: 
     assert model_state(NAME, tmp_path) != state or future.result(30)
     future.result(30)
     assert model_state(NAME, tmp_path) == ModelState("here", folder=find_checkpoint(NAME, tmp_path))
+
+
+def test_what_follows_a_model_starts_when_it_is_here_and_fails_with_its_download(
+    hub: HubStandIn, downloads: Downloads
+) -> None:
+    def load() -> Future[str]:
+        loaded: Future[str] = Future()
+        loaded.set_result("loaded")
+        return loaded
+
+    def fail() -> Future[str]:
+        raise RuntimeError("no more work")
+
+    hub.gated.add(NAME)
+    assert isinstance(downloads.after(NAME, load).exception(30), DownloadFailed)
+    assert isinstance(downloads.after("nonsense", load).exception(0), UnknownModel)
+    hub.gated.clear()
+    assert isinstance(downloads.after(NAME, fail).exception(30), EngineStopped)
+    assert downloads.after(NAME, load).result(30) == "loaded"
 
 
 def test_a_failed_download_is_tried_again_by_the_next_who_asks(hub: HubStandIn, downloads: Downloads) -> None:

@@ -42,10 +42,11 @@ STOCK = Fusion(linear=False, attention=False)
 
 
 def fusable(spec: DecoderSpec) -> bool:
-    """Whether our operators compute such a decoder: gated SiLU, no norm of what is added, every token seen."""
+    """Whether our operators compute such a decoder: gated SiLU, no norm of what is added, full attention."""
     return (
         spec.activation == "silu"
         and spec.sliding is None
+        and spec.delta_net is None
         and not (spec.output_norms or spec.scaled_embedding or spec.query_scalar or spec.logit_softcap)
     )
 

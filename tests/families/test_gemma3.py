@@ -95,6 +95,55 @@ def test_vision_fields_left_out_mean_what_transformers_means() -> None:
     assert not read_text().decoder.mutual_images
 
 
+RELEASED: dict[str, Any] = {
+    "model_type": "gemma3",
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "mm_tokens_per_image": 256,
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
+"""As the 4B model is published: by an older transformers, with most fields left out."""
+
+
+def test_the_released_configuration_is_read_as_transformers_reads_it() -> None:
+    spec, theirs = read(RELEASED), Gemma3Config(**{k: v for k, v in RELEASED.items() if k != "model_type"})
+    text: Any = theirs.text_config
+    reference = Gemma3RotaryEmbedding(text)
+    decoder = spec.decoder
+    assert decoder.sliding is not None
+    assert isinstance(spec.vision, SiglipSpec)
+    for ours, buffer in ((decoder.rope, "full_attention"), (decoder.sliding.rope, "sliding_attention")):
+        wanted = getattr(reference, f"{buffer}_inv_freq")
+        torch.testing.assert_close(torch.tensor(ours.inv_freq), wanted, rtol=1e-6, atol=0)
+    assert decoder.sliding.layers == tuple(kind == "sliding_attention" for kind in text.layer_types)
+    assert decoder.sliding.layers.count(False) == 5
+    assert (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim) == (34, 8, 4, 256)
+    assert (decoder.sliding.window, decoder.score_scale, decoder.vocab) == (1024, 256**-0.5, 262208)
+    assert spec.tokens.eos == (1, 106)
+    assert (spec.vision.layers, spec.vision.hidden // spec.vision.heads) == (27, 72)
+    assert (spec.vision.tokens_per_tile, spec.vision.shuffle) == (256, 4)
+
+
 @pytest.mark.parametrize("tokens", [255, 225, 4225])
 def test_an_images_tokens_must_be_a_square_that_fits_its_patches(tokens: int) -> None:
     config = {"model_type": "gemma3", "vision_config": {"image_size": 896, "patch_size": 14}}

@@ -23,6 +23,8 @@ CHANGES: dict[str, Any] = {
     "max_tokens": 5,
     "stop": ("a",),
     "ignore_eos": True,
+    "json_object": True,
+    "json_schema": '{"type": "object"}',
 }
 TOKENS = np.array([1, 2, 3])
 
@@ -98,5 +100,5 @@ def test_feature_keys_hold_image_and_encoder() -> None:
     assert len({feature_key(b"a", "b"), feature_key(b"b", "b"), feature_key(b"a", "c"), feature_key(b"", "ab")}) == 4
 
 
-KNOWN = "7a2913c0b4b2d9efc63f0c57ddfa1c60610399026d6065166c138ffb0c47d685"
+KNOWN = "e2dac51eda7b99b34d491684ce78f64dec5be887d4c8213573fdc50c2ac9bc9c"
 KNOWN_FEATURE = "f05586c83d58b6c17441bd30fe2461b5bb2d03ea106b840fc608778b65ff3f69"

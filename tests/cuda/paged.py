@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -55,8 +54,6 @@ class Paged:
         open_decoding: Callable[[CudaGraph, dict[str, torch.Tensor], Path], GraphSession] | None = None,
     ) -> None:
         """`scales` are those of an int8 cache; `open_decoding` opens the session of a graph for decode steps alone."""
-        if tiny.spec.decoder.delta_net is not None:
-            pytest.skip("linear attention is the CPU's alone: a GPU refuses such a model when it loads")
         artifact = tiny.artifact(precision)
         paged = activations != "float32"
         make_graph = partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from engine.checkpoints import Checkpoint, open_artifact
 from engine.runtime import Decoder
@@ -28,6 +29,17 @@ def test_prefill_with_images_and_32_decode_steps_give_the_references_logits(tiny
     assert relative_error(prompt, case.logits[:PROMPT]) < TOLERANCE
     steps = [decode(decoder, [(2, case, PROMPT + step)])[0] for step in range(STEPS)]
     assert relative_error(np.stack(steps), case.logits[PROMPT:]) < TOLERANCE
+
+
+def test_embeddings_are_scaled_by_a_root_rounded_to_the_checkpoints_type(tmp_path: Path) -> None:
+    model = models.randomise(models.gemma3_text(hidden_size=96)).to(torch.bfloat16)  # type: ignore[arg-type]
+    checkpoint = Checkpoint.open(models.save(model, tmp_path / "gemma3_text"))
+    model = model.float()
+    # As the reference rounds it: the root of 96 is 9.798.
+    assert model.model.embed_tokens.embed_scale == 9.8125
+    case = make_case(model, checkpoint.spec, [], 20, seed=3)
+    decoder = Decoder(open_artifact(checkpoint, "fp32", tmp_path), rows=1, context_length=32, threads=2)
+    assert relative_error(prefill(decoder, 0, case, 0, 20), case.logits) < TOLERANCE
 
 
 def test_a_cap_on_logits_is_applied(tmp_path: Path) -> None:

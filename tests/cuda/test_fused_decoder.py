@@ -9,8 +9,8 @@ import pytest
 
 from engine.graphs.cuda.fused import Fusion, fusable
 from engine.spec import FloatType
-from tests.cuda.models import LINEAR, tiny_mrope
 from tests.cuda.paged import Paged, Part
+from tests.cuda.tiny import LINEAR, tiny_mrope
 from tests.kernels.triton_tests import run_cases
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import MODELS, Tiny, make_tiny

@@ -20,9 +20,9 @@ from engine.runners.calibration import calibration_step, kv_ranges
 from engine.runtime.cuda.cache_scales import measure_ranges, scale_inputs
 from engine.runtime.cuda.encoder import CudaEncoder
 from engine.runtime.cuda.weights import DeviceWeights
-from tests.cuda.models import tiny
 from tests.cuda.paged import CPU, Paged, Part, prefix_step
 from tests.cuda.reference import ReferenceSession
+from tests.cuda.tiny import tiny
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import PROMPT, STEPS, Tiny
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engine.spec import FloatType, Precision
-from tests.cuda.models import tiny, tiny_mrope
 from tests.cuda.paged import Paged, Part
 from tests.cuda.reference import ReferenceSession
+from tests.cuda.tiny import tiny, tiny_mrope
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import PROMPT, STEPS, Tiny, make_tiny
 

@@ -34,8 +34,7 @@ from engine.request import Chunk, Event, Message, Request, Tool
 COUNTING_THREADS = 4
 MERGE_EVERY = 64  # replies of one request that wait before their chunks are joined
 BUSY_STREAMS = 4
-TICK_S = 0.005
-PACE_S = 0.05  # still twenty updates a second for whoever reads along
+PACE_S = 0.1  # still ten updates a second for whoever reads along
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +76,7 @@ class Outbox:
 
     def put(self, number: int, reply: wire.Reply) -> None:
         with self._changed:
+            is_first = not self._waiting
             replies = self._waiting.setdefault(number, [])
             replies.append(reply)
             if len(replies) >= MERGE_EVERY:
@@ -87,7 +87,7 @@ class Outbox:
             elif number not in self._streaming:
                 self._streaming.add(number)
                 self._urgent.add(number)
-            if self._urgent or not self._is_busy:
+            if self._urgent or is_first or not self._is_busy:
                 self._changed.notify()
 
     def take(self) -> wire.Replies:
@@ -96,9 +96,9 @@ class Outbox:
             while self._is_busy and time.monotonic() < self._paced_until:
                 if self._urgent:
                     return self._replies({number: self._waiting.pop(number) for number in self._urgent})
-                self._changed.wait(TICK_S)
+                self._changed.wait(max(0.0, self._paced_until - time.monotonic()))
             while not self._waiting:
-                self._changed.wait(TICK_S if self._is_busy else None)
+                self._changed.wait()
             self._paced_until = time.monotonic() + PACE_S
             taken, self._waiting = self._waiting, {}
             return self._replies(taken)

@@ -119,13 +119,14 @@ class StepLoop:
         with self._awake:
             calls, self._calls = self._calls, deque()
             arrived, self._inbox = self._inbox, deque()
-            self._streams_ended |= bool(arrived)  # those of the new ones may have ended already
         for call in calls:
             call()
         for replica, sequence in arrived:
             if replica not in self._replicas:
                 self._replicas.append(replica)
             replica.scheduler.add(sequence)
+            if _job(sequence).is_abandoned:  # since before it was here
+                self._streams_ended = True
         while self._encoded:
             self._take_features(*self._encoded.popleft())
 

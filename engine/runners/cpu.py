@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,9 @@ class CpuRunner:
             decoded = [self._decode(plan.decode)] if plan.decode else []
             prefill.run()
         finally:
-            wait(helpers)  # they write to rows, which a failed step gives back
-        for helper in helpers:
-            helper.result()
+            problems = [helper.exception() for helper in helpers]  # they write to rows, which a failed step gives back
+        for problem in filter(None, problems):
+            raise problem
         return decoded + prefill.results
 
     def _sample(self, logits: list[NDArray[np.float32]], sequences: list[Sequence]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from cli.list_models import artifacts_of, size_of
 from engine.catalog import BUNDLED, known_models, model_name
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineError, InvalidRequest, UnknownModel
+from engine.files import take_lock
 from engine.hub.progress import lock_file, partial_folder
 
 
@@ -63,10 +63,8 @@ def remove(name: str, storage: Path, *, only_converted: bool = False) -> int:
 @contextmanager
 def _not_downloading(file: Path, name: str) -> Iterator[None]:
     with file.open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidRequest(f"{name} is being downloaded; stop that first, or wait for its end") from None
+        if not take_lock(lock):
+            raise InvalidRequest(f"{name} is being downloaded; stop that first, or wait for its end")
         yield
 
 

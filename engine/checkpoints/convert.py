@@ -22,6 +22,7 @@ from engine.checkpoints.journal import Journal
 from engine.checkpoints.quantise import quantise_rows
 from engine.errors import ArtifactError, CheckpointError
 from engine.families import Weight
+from engine.files import sync, take_lock
 from engine.spec import FloatType, Precision
 from engine.storage import storage_error
 
@@ -86,9 +87,9 @@ def _convert(
         (partial / _JOURNAL).unlink()
         write_manifest(partial / MANIFEST, digest, checkpoint.spec, precision, entries)
         for path in (partial / MANIFEST, partial):
-            _flush(path)
+            sync(path)
         partial.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     except Exception:  # what fails would fail again; an interrupted conversion can go on
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -98,19 +99,8 @@ def _sweep(artifacts: Path) -> None:
     """Remove what killed conversions of other artifacts left; a lock that can be taken has no living owner."""
     for partial in artifacts.glob(f"*{_PARTIAL}"):
         with partial.with_name(partial.name.removesuffix(_PARTIAL) + _LOCK).open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            if take_lock(lock):
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _log_progress(checkpoint: Checkpoint) -> OnProgress:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from engine.checkpoints.checkpoint import INDEX, WEIGHTS, read_config
 from engine.config import EngineConfig
 from engine.errors import Cancelled, CheckpointError, DownloadFailed, StorageError, UnknownModel
 from engine.families import family_for
-from engine.files import replace_file
+from engine.files import replace_file, sync, take_lock
 from engine.hub.listing import RemoteFile, Snapshot, list_files, open_client
 from engine.hub.origin import require_repository
 from engine.hub.progress import ProgressFile, lock_file, partial_folder
@@ -67,15 +65,11 @@ def download(name: str, config: EngineConfig, stop: threading.Event) -> Path:
 
 @contextlib.contextmanager
 def _locked(file: Path, stop: threading.Event) -> Iterator[None]:
-    """Holds the download's lock; the system releases it when a process dies, however it dies."""
+    """Holds the download's lock."""
     with file.open("wb") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stop.wait(LOCK_POLL_S):
-                    raise Cancelled("the wait for another process's download was stopped") from None
+        while not take_lock(lock):
+            if stop.wait(LOCK_POLL_S):
+                raise Cancelled("the wait for another process's download was stopped")
         yield
 
 
@@ -183,11 +177,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
     if target.exists():  # somebody has copied it there meanwhile
         shutil.rmtree(partial)
         return
-    for folder in (partial, target.parent):
-        if folder == target.parent:
-            partial.rename(target)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(partial)
+    partial.rename(target)
+    sync(target.parent)

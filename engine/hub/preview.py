@@ -5,11 +5,8 @@ They stay in the folder that a download fills, where it finds them done.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,7 +15,7 @@ from engine.catalog import Repository, models_folder
 from engine.config import EngineConfig
 from engine.describe import CONFIG, FILES, Description, describe
 from engine.errors import CheckpointError, DownloadFailed
-from engine.files import replace_file
+from engine.files import replace_file, take_lock
 from engine.hub.listing import list_files, open_client, require_success
 from engine.hub.progress import lock_file, partial_folder
 from engine.storage import storage_error
@@ -36,8 +33,8 @@ def preview(repository: Repository, folder: str, config: EngineConfig, limit_s: 
     try:
         models_folder(config.storage).mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (partial / CONFIG).exists():
-            with _locked(lock_file(folder, config.storage)) as is_ours:
-                if is_ours:
+            with lock_file(folder, config.storage).open("wb") as lock:
+                if take_lock(lock):
                     _fill(repository, partial, config, limit_s)
                 else:  # a download is under way, and fetches these files first
                     _await(partial / CONFIG, repository, limit_s)
@@ -48,18 +45,6 @@ def preview(repository: Repository, folder: str, config: EngineConfig, limit_s: 
     except CheckpointError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{repository.name}: {str(error).replace(f'{partial}: ', '')}") from error
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Holds the download's lock if nobody else does."""
-    with file.open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _fill(repository: Repository, partial: Path, config: EngineConfig, limit_s: float) -> None:

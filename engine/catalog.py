@@ -73,14 +73,8 @@ def models_folder(storage: Path) -> Path:
 
 def repository_of(name: str) -> Repository | None:
     """Where a model of that name is downloaded from: a predefined one's repository, or `owner/name[@revision]`."""
-    if model := catalog().get(name):
-        return Repository(model.repository, model.revision, model.modelscope)
-    match = _REPOSITORY.fullmatch(name)
-    if match is None:
-        return None
-    repository = Repository(f"{match[1]}/{match[2]}", match[3] or MAIN)
-    same = next((model for model in catalog().values() if _is_of(repository, model)), None)
-    return repository if same is None else repository_of(same.name)
+    found = _meant(name)
+    return Repository(found.repository, found.revision, found.modelscope) if isinstance(found, CatalogModel) else found
 
 
 def folder_name(name: str) -> str:
@@ -88,15 +82,10 @@ def folder_name(name: str) -> str:
 
     A repository that the catalogue has goes by the catalogue's name, so that both names mean one download.
     """
-    match = _REPOSITORY.fullmatch(name)
-    if name in catalog() or match is None:
-        return name
-    revision = match[3] or MAIN
-    repository = Repository(f"{match[1]}/{match[2]}", revision)
-    for model in catalog().values():
-        if _is_of(repository, model):
-            return model.name
-    return f"{match[1]}--{match[2]}" + (f"@{revision}" if revision != MAIN else "")
+    found = _meant(name)
+    if not isinstance(found, Repository):
+        return name if found is None else found.name
+    return found.name.replace("/", "--") + (f"@{found.revision}" if found.revision != MAIN else "")
 
 
 def model_name(name: str, storage: Path) -> str:
@@ -105,8 +94,16 @@ def model_name(name: str, storage: Path) -> str:
     return path.name if path.is_absolute() and path.parent == models_folder(storage) else folder_name(name)
 
 
-def _is_of(repository: Repository, model: CatalogModel) -> bool:
-    return (repository.name, repository.revision) == (model.repository, model.revision)
+def _meant(name: str) -> CatalogModel | Repository | None:
+    """A predefined model, by its own name or its repository's; another repository; or neither."""
+    if model := catalog().get(name):
+        return model
+    match = _REPOSITORY.fullmatch(name)
+    if match is None:
+        return None
+    repository = Repository(f"{match[1]}/{match[2]}", match[3] or MAIN)
+    same = (m for m in catalog().values() if (m.repository, m.revision) == (repository.name, repository.revision))
+    return next(same, repository)
 
 
 def known_models(storage: Path) -> dict[str, Path]:

@@ -6,8 +6,8 @@ Its blocks have RMS norms and a gated MLP, with biases everywhere.
 from __future__ import annotations
 
 from engine.families import qwen2_vl
-from engine.families.decoder import decoder_weights, read_decoder, read_tokens
-from engine.families.family import CheckpointConfig, Family, Source, Weight, linear, plain
+from engine.families.decoder import read_decoder, read_tokens
+from engine.families.family import CheckpointConfig, Family, Weight, linear, plain
 from engine.families.section import Section
 from engine.families.vision import read_norm
 from engine.spec import DecoderSpec, ModelSpec, QwenVisionSpec
@@ -54,28 +54,20 @@ def _vision(vision: Section, config: CheckpointConfig, decoder: DecoderSpec) -> 
 
 
 def _weights(spec: ModelSpec) -> tuple[Weight, ...]:
-    vision = spec.vision
-    assert isinstance(vision, QwenVisionSpec)
-    kernel = (vision.hidden, 3, vision.temporal_patch, vision.patch, vision.patch)
-    weights = [Weight("vision.patch.weight", "linear", (Source("vision.patch_embed.proj.weight", kernel),))]
-    for layer in range(vision.layers):
-        weights += _layer_weights(vision, f"vision.layers.{layer}", f"vision.blocks.{layer}")
-    merged = vision.hidden * vision.merge**2
-    weights += [
-        plain("vision.norm.weight", "vision.merger.ln_q.weight", vision.hidden),
-        *linear("vision.merger", (("vision.merger.mlp.0", merged),), merged),
-        *linear("vision.projection", (("vision.merger.mlp.2", spec.decoder.hidden),), merged),
-    ]
-    return (*weights, *decoder_weights(spec.decoder))
+    return qwen2_vl.model_weights(spec, _layer_weights, _rms_norm)
+
+
+def _rms_norm(name: str, module: str, size: int) -> tuple[Weight, ...]:
+    return (plain(f"{name}.weight", f"{module}.weight", size),)
 
 
 def _layer_weights(spec: QwenVisionSpec, name: str, source: str) -> list[Weight]:
     gate_up = tuple((f"{source}.mlp.{part}_proj", spec.intermediate) for part in ("gate", "up"))
     return [
-        plain(f"{name}.attention_norm.weight", f"{source}.norm1.weight", spec.hidden),
+        *_rms_norm(f"{name}.attention_norm", f"{source}.norm1", spec.hidden),
         *linear(f"{name}.qkv", ((f"{source}.attn.qkv", 3 * spec.hidden),), spec.hidden),
         *linear(f"{name}.out", ((f"{source}.attn.proj", spec.hidden),), spec.hidden),
-        plain(f"{name}.mlp_norm.weight", f"{source}.norm2.weight", spec.hidden),
+        *_rms_norm(f"{name}.mlp_norm", f"{source}.norm2", spec.hidden),
         *linear(f"{name}.up", gate_up, spec.hidden),
         *linear(f"{name}.down", ((f"{source}.mlp.down_proj", spec.hidden),), spec.intermediate),
     ]

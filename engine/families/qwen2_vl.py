@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.families.decoder import DecoderDefaults, decoder_weights, read_decoder, read_tokens
 from engine.families.family import CheckpointConfig, Family, Source, Weight, layer_norm, linear
 from engine.families.rope import MRope
@@ -24,6 +26,8 @@ DECODER = DecoderDefaults(
 )
 # OpenAI CLIP's statistics, the default of Qwen2-VL's image processor.
 NORM = PixelNorm(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+LayerWeights = Callable[[QwenVisionSpec, str, str], list[Weight]]
+Norm = Callable[[str, str, int], tuple[Weight, ...]]
 _VISION_NORM_EPS = 1e-6  # fixed in the reference implementation, not in the configuration
 
 
@@ -70,15 +74,20 @@ def _vision(vision: Section, config: CheckpointConfig) -> QwenVisionSpec:
 
 
 def _weights(spec: ModelSpec) -> tuple[Weight, ...]:
+    return model_weights(spec, _layer_weights, layer_norm)
+
+
+def model_weights(spec: ModelSpec, layer_weights: LayerWeights, norm: Norm) -> tuple[Weight, ...]:
+    """Of towers that differ in their blocks (artifact's and checkpoint's name given) and in the merger's norm."""
     vision = spec.vision
     assert isinstance(vision, QwenVisionSpec)
     kernel = (vision.hidden, 3, vision.temporal_patch, vision.patch, vision.patch)
     weights = [Weight("vision.patch.weight", "linear", (Source("vision.patch_embed.proj.weight", kernel),))]
     for layer in range(vision.layers):
-        weights += _layer_weights(vision, f"vision.layers.{layer}", f"vision.blocks.{layer}")
+        weights += layer_weights(vision, f"vision.layers.{layer}", f"vision.blocks.{layer}")
     merged = vision.hidden * vision.merge**2
     weights += [
-        *layer_norm("vision.norm", "vision.merger.ln_q", vision.hidden),
+        *norm("vision.norm", "vision.merger.ln_q", vision.hidden),
         *linear("vision.merger", (("vision.merger.mlp.0", merged),), merged),
         *linear("vision.projection", (("vision.merger.mlp.2", spec.decoder.hidden),), merged),
     ]

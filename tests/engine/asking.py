@@ -23,6 +23,19 @@ def replica(engine: Engine, model: str) -> Any:
     return engine.load(model).replicas[0][0]
 
 
+def note_set_backs(scheduler: Any) -> list[int]:
+    """How many tokens of output each sequence had that is set back from now on."""
+    noted: list[int] = []
+    original = scheduler._set_back
+
+    def set_back(sequence: Any) -> None:
+        noted.append(len(sequence.output))
+        original(sequence)
+
+    scheduler._set_back = set_back
+    return noted
+
+
 @dataclass(slots=True)
 class Answer:
     """One request under way; `wait` returns it ended."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
-from tests.engine.asking import ask, mixed_requests, picture, replica, request
+from tests.engine.asking import ask, mixed_requests, note_set_backs, picture, replica, request
 from tests.engine.conftest import Start
 
 SIZES = {
@@ -83,14 +83,7 @@ def test_sequences_that_are_set_back_say_the_same(start: Start, caplog: pytest.L
     expected = [ask(wide, question).wait().result for question in questions]
     tight = start(kv_cache_mib=1)  # 512 tokens of the demo: three sequences of 160
     scheduler: Any = replica(tight, "demo").scheduler
-    set_back = []
-    original = scheduler._set_back
-
-    def counted(sequence: Any) -> None:
-        set_back.append(len(sequence.output))
-        original(sequence)
-
-    scheduler._set_back = counted
+    set_back = note_set_backs(scheduler)
     answers = [ask(tight, question) for question in questions]
     assert [answer.wait().result for answer in answers] == expected
     assert any(set_back), "no sequence with output was set back"

@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.device import Devices, Gpu
 from engine.errors import DeviceUnavailable, InvalidConfig
 from engine.model import load_model
-from tests.engine.asking import ask, mixed_requests, picture, replica, request
+from tests.engine.asking import ask, mixed_requests, note_set_backs, picture, replica, request
 from tests.engine.conftest import Start
 from tests.engine.test_vision_families import qwen3_5
 from tests.runtime.models import randomise
@@ -58,14 +58,7 @@ def test_sequences_that_are_set_back_say_the_same(start: Start) -> None:
     tight = start(precision="fp32", kv_cache_mib=1)
     scheduler: Any = replica(tight, MODEL).scheduler
     scheduler.kv.blocks = 60  # some sequences of 200 tokens, with their states
-    set_back = []
-    original = scheduler._set_back
-
-    def counted(sequence: Any) -> None:
-        set_back.append(len(sequence.output))
-        original(sequence)
-
-    scheduler._set_back = counted
+    set_back = note_set_backs(scheduler)
     answers = [ask(tight, question) for question in questions]
     assert [answer.wait().result for answer in answers] == expected
     assert any(set_back), "no sequence with output was set back"

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def offered() -> list[CatalogModel]:
-    """The predefined models whose family the engine runs."""
+    """The predefined models whose family the engine runs, in the catalogue's order."""
     families = {family.name for family in FAMILIES}
     return [model for model in catalog().values() if model.family in families]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from engine.catalog import BUNDLED, ROOT, CatalogModel, catalog
-from engine.families import FAMILIES
+from cli.list_models import offered
+from engine.catalog import BUNDLED, ROOT, CatalogModel
 
 FOLDER = ROOT / "models" / "llm"
 POSITION = "_position.yaml"
@@ -44,12 +44,6 @@ _THINKING = """\
     required: false
 """
 _CALLS = ("tool-call", "multi-tool-call", "stream-tool-call")
-
-
-def offered() -> list[CatalogModel]:
-    """The predefined models whose family the engine runs, in the catalogue's order."""
-    families = {family.name for family in FAMILIES}
-    return [model for model in catalog().values() if model.family in families]
 
 
 def model_files() -> dict[str, str]:

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
+from cli.list_models import offered
 from engine.catalog import BUNDLED, ROOT, catalog, find_checkpoint, folder_name, known_models, repository_of
 from engine.errors import UnknownModel
 from engine.families import FAMILIES, CheckpointConfig, family_for
-from tools.model_files import FOLDER, POSITION, SAMPLE, model_files, offered
+from tools.model_files import FOLDER, POSITION, SAMPLE, model_files
 
 SHAPES = {
     "qwen2.5-vl-7b": "qwen2.5-vl-7b",

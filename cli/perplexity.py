@@ -17,7 +17,7 @@ from cli.settings import settings_from
 from engine.catalog import find_checkpoint, known_models, models_folder
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
-from engine.device import Devices, require_device, resolve, resolve_precision
+from engine.device import Devices, resolve, resolve_precision
 from engine.errors import ContextOverflow, EngineError
 from engine.prompts.tokenizer import Tokenizer
 from engine.runtime.decoder import Decoder
@@ -87,7 +87,6 @@ def _pieces(checkpoint: Checkpoint, window: int, tokens: int) -> tuple[list[Toke
 
 def _measure(model: str, checkpoint: Checkpoint, config: EngineConfig, pieces: list[Tokens]) -> Measured:
     devices = resolve(config)
-    require_device(model, checkpoint.spec, devices)
     precision = resolve_precision(
         config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
     )

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from engine.config import EngineConfig, PrecisionSetting, require_cpu_precision
 from engine.errors import DeviceUnavailable, InvalidConfig
-from engine.spec import FloatType, ModelSpec, Precision
+from engine.spec import FloatType, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -176,15 +176,6 @@ def _require_bfloat16(chosen: PrecisionSetting, old: Sequence[Gpu]) -> None:
     if old:
         raise InvalidConfig(
             f"this model's activations need bf16, and {old[0].name} is too old for it; choose another device"
-        )
-
-
-def require_device(name: str, spec: ModelSpec, devices: Devices) -> None:
-    """Raises DeviceUnavailable for a model that no graph on a GPU covers, when that is where it would run."""
-    if spec.decoder.delta_net is not None and devices.gpus:
-        raise DeviceUnavailable(
-            f"{name} has linear attention (Gated DeltaNet), which runs on the CPU only so far;"
-            " set the device to cpu, or choose another model"
         )
 
 

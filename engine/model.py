@@ -14,7 +14,7 @@ import numpy as np
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
-from engine.device import Devices, require_device, resolve_precision
+from engine.device import Devices, resolve_precision
 from engine.errors import InvalidRequest
 from engine.loop import StepLoop
 from engine.preprocess import DetailedProcessor, ImageInput, decode_image, image_processor, image_size
@@ -97,7 +97,6 @@ def load_model(
     Raises ModelUnavailable's children, StorageError, InvalidConfig or DeviceOutOfMemory.
     """
     checkpoint = Checkpoint.open(find_checkpoint(name, config.storage))
-    require_device(name, checkpoint.spec, devices)  # before minutes of conversion
     precision = resolve_precision(
         config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
     )

@@ -18,7 +18,7 @@ _log = logging.getLogger("engine.checkpoints")
 
 
 def read_kv_ranges(artifact: Artifact) -> NDArray[np.float32] | None:
-    """[layers, 2, kv_heads, head_dim], or None if they were not kept or the file is damaged."""
+    """[layers with a cache, 2, kv_heads, head_dim], or None if they were not kept or the file is damaged."""
     try:
         data = (artifact.folder / FILE).read_bytes()
     except OSError:
@@ -46,4 +46,4 @@ def _digest(artifact: Artifact, payload: bytes) -> bytes:
 
 def _shape(artifact: Artifact) -> tuple[int, int, int, int]:
     spec = artifact.spec.decoder
-    return spec.layers, 2, spec.kv_heads, spec.head_dim
+    return len(spec.attention_layers), 2, spec.kv_heads, spec.head_dim

@@ -73,6 +73,7 @@ class CudaRunner:
         for chunk in plan.prefill:
             if chunk.gives_token:
                 self._assign(chunk.sequence)
+        plan = self._arranged(plan)
         sampled = plan.sampled
         logits, slots = self.decoder.run(self._step(plan))
         constrained = {row: one for row, one in enumerate(sampled) if one.sampler.grammar is not None}
@@ -82,8 +83,32 @@ class CudaRunner:
         self._turn = (self._turn + 1) % _RESULTS
         copy.start(self._sampler.sample(logits, slots) if sampled else None)
         plan.advance(sampled)
+        self._release_states(plan)
         self._last = PendingStep(sampled, copy, self._failures, list(constrained))
         return self._last
+
+    def _arranged(self, plan: StepPlan) -> StepPlan:
+        """The plan with its sequences where linear attention's states are, in the device's memory, and these in front.
+
+        Whatever is enqueued here happens before the step and after those before it.
+        """
+        states = self.decoder.states
+        if states is None:
+            return plan
+        decoding = {_row(one): one for one in plan.decode}
+        chunks = {_row(chunk.sequence): chunk for chunk in plan.prefill}
+        begun = (_row(one) for one in plan.sequences if one.computed)
+        assert all(map(states.holds, begun)), "This is a bug: a sequence goes on without its state."
+        decode_order, prefill_order = states.arrange(list(decoding), list(chunks))
+        return StepPlan([decoding[row] for row in decode_order], [chunks[row] for row in prefill_order], plan.images)
+
+    def _release_states(self, plan: StepPlan) -> None:
+        """Those of sequences that have all their tokens once the steps under way are done."""
+        if self.decoder.states is None:
+            return
+        for sequence in plan.sequences:
+            if not (sequence.is_prefilling or sequence.is_decoding):
+                self.decoder.states.release(_row(sequence))
 
     def _constrain(self, logits: torch.Tensor, sequences: dict[int, Sequence]) -> None:
         """Mask rows of logits by grammars, which must first know the tokens of the step before.
@@ -227,6 +252,11 @@ class PendingStep:
                 if grammar is not None and token != NO_TOKEN:
                     grammar.commit(token)
         return self._tokens
+
+
+def _row(sequence: Sequence) -> int:
+    assert sequence.row is not None, "This is a bug: a step of a sequence that has no place."
+    return sequence.row
 
 
 def _recorded_event() -> torch.cuda.Event:

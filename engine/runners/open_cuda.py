@@ -22,6 +22,7 @@ from engine.runners.sessions import open_sessions
 from engine.runtime.cuda.capture import allow_beside_capture
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.runtime.cuda.failures import DeviceFailures
+from engine.runtime.cuda.states import DeltaNetStates
 from engine.runtime.cuda.weights import torch_type
 from engine.sampling.device import DeviceSampler
 from engine.sampling.device_torch import TorchSampling
@@ -32,6 +33,7 @@ from engine.stats import ModelMemory, resident_bytes
 
 _PREFILL_TOKENS = 1024
 _IMAGE_TOKENS = 1024  # of one encoder batch: a few large images; more would hold up decoding for too long
+_MOST_COPIES, _COPIES_SHARE = 64, 8  # of linear attention's states: so many, and that part of what KV could have
 _MIB = 2**20
 _own = threading.local()
 
@@ -82,6 +84,9 @@ def _open(
     tower = sessions.tower
     sampling = TorchSampling() if parts is not None and parts.torch_sampling else None
     sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype, sampling=sampling)
+    states = None
+    if spec.decoder.delta_net is not None:
+        states = DeltaNetStates(spec.decoder.delta_net, slots, dtype, device)
     open_decoder = partial(
         PagedDecoder,
         *(sessions.packed, spec.decoder, sampler.slot_tokens),
@@ -92,6 +97,7 @@ def _open(
         cache_scales=sessions.cache_scales,
         decoding=sessions.decoding,
         mutual=sessions.mutual,
+        states=states,
     )
     open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
     if tower is not None:
@@ -99,24 +105,36 @@ def _open(
     torch.cuda.synchronize(device)
     taken = before - torch.cuda.mem_get_info(device)[0]
     token_bytes = spec.decoder.kv_values_per_token * (torch.int8 if int8_cache else dtype).itemsize
+    copies = _state_copies(states, budget - taken)
     blocks, context_length = kv_budget(
-        f"{name} on {device}",
+        _what(name, device, states, slots),
         budget=budget,
-        taken=taken,
+        taken=taken + (copies * states.state_bytes if states else 0),
         block=BlockSize(block_size, block_size * token_bytes),
         slots=slots,
         model_context=spec.decoder.context_length,
     )
     decoder = open_decoder(blocks=blocks + 1, block_size=block_size, context_length=context_length)
+    if states is not None:
+        states.make_places(copies)
     decoder.capture()
     torch.cuda.synchronize(device)
     occupied = before - torch.cuda.mem_get_info(device)[0]
-    kv = PagedKVCache(slots=slots, blocks=blocks, block_size=block_size, context_length=context_length)
+    kv = PagedKVCache(
+        slots=slots,
+        blocks=blocks,
+        block_size=block_size,
+        context_length=context_length,
+        states=states,
+        copies=copies,
+        chunk=prefill_tokens,
+    )
+    kv_bytes = decoder.kv_bytes + (states.nbytes if states else 0)
     memory = ModelMemory(
         weights=sessions.weight_bytes,
-        kv=decoder.kv_bytes,
+        kv=kv_bytes,
         kv_per_token=token_bytes,
-        workspace=max(0, occupied - sessions.weight_bytes - decoder.kv_bytes),
+        workspace=max(0, occupied - sessions.weight_bytes - kv_bytes),
         host=resident_bytes(),
     )
     limits = StepLimits(prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)
@@ -128,6 +146,18 @@ def _open(
         scheduler=Scheduler(kv, limits),
         context_length=context_length,
     )
+
+
+def _state_copies(states: DeltaNetStates | None, left: int) -> int:
+    """How many states the prefix index may keep of `left` bytes."""
+    return min(_MOST_COPIES, max(0, left) // _COPIES_SHARE // states.state_bytes) if states is not None else 0
+
+
+def _what(name: str, device: torch.device, states: DeltaNetStates | None, slots: int) -> str:
+    """Model and device, and what of its memory the settings decide."""
+    if states is None:
+        return f"{name} on {device}"
+    return f"{name} on {device}, with {states.nbytes // _MIB} MiB for states of {slots} sequences (max_batch_size),"
 
 
 def _numerics(artifact: Artifact, activations: FloatType, fusion: Fusion, *, int8_cache: bool) -> str:

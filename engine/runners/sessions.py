@@ -65,7 +65,9 @@ def open_sessions(
     if fusion.linear and parts is None:
         fusion = replace(fusion, float_inputs=float_inputs(*measured))
     int8_cache = config.kv_precision == "int8"
-    scales = scale_inputs(kv_ranges(*measured, fusion), device) if int8_cache else None
+    scales = None
+    if int8_cache:
+        scales = scale_inputs(kv_ranges(*measured, fusion), spec.decoder.attention_layers, device)
     torch.cuda.empty_cache()  # what measuring took
     paged = activations != "float32"  # PagedAttention has no kernel for it
     make_graph = partial(

@@ -73,6 +73,11 @@ class KVCache:
         """Blocks of running sequences; the index gives way to them."""
         return sum(self._owned.values())
 
+    @property
+    def survives_failures(self) -> bool:
+        """A state may have been written when a step failed."""
+        return not self._state_blocks
+
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence a row and blocks for all its tokens and the next; copy in the longest known prefix."""
         if not self._free_rows:
@@ -116,11 +121,11 @@ class KVCache:
     def store(self, sequence: Sequence) -> None:
         """Copy the full blocks computed so far into the index, as far as spare memory reaches.
 
-        The row's state too, if the last of them ends where the row stands.
+        Not what steps under way compute. The row's state too, if the last of them ends where the row stands.
         """
         if not self._reuse or sequence.row is None:
             return
-        hashes = sequence.block_hashes(BLOCK)[: sequence.computed // BLOCK]
+        hashes = sequence.block_hashes(BLOCK)[: (sequence.computed - sequence.pending) // BLOCK]
         self._touch(hashes)
         known = next((index for index, digest in enumerate(hashes) if digest not in self._index), len(hashes))
         count = min(len(hashes) - known, self.blocks - self.used_blocks)

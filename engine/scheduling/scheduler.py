@@ -39,6 +39,11 @@ class KV(Protocol):
     @property
     def indexed_blocks(self) -> int: ...
 
+    @property
+    def survives_failures(self) -> bool:
+        """Whether what sequences have is what it was, when a step of theirs failed somewhere on its way."""
+        ...
+
     def admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its row and blocks for all its tokens and the next, and say what prefill is left."""
         ...
@@ -136,7 +141,7 @@ class Scheduler:
         self._limits = limits
         self._encoding: set[bytes] = set()  # keys of the images that are with the encoder
         self._batches = 0  # that they went there in
-        self._overfull = False  # the device could not hold more than what runs
+        self._most: int | None = None  # that may run, since the device could not hold a step of more
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -151,14 +156,14 @@ class Scheduler:
         sequence.ended = True
         if sequence in self.running:
             self.running.remove(sequence)
-            self._overfull = False
+            self._most = None
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def schedule(self) -> StepPlan:
         """Choose the next step's work; may set sequences back or admit waiting ones."""
         decoding, crowded = self._make_room()
-        if not crowded and not (self._overfull and self.running):
+        if not crowded:
             self._admit()
         plan = StepPlan(decode=decoding)
         prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
@@ -187,14 +192,20 @@ class Scheduler:
     def relieve(self, plan: StepPlan) -> bool:
         """The device could not hold what a step needs: set back its younger half. False for a step of one sequence.
 
-        Nobody is admitted before one of those that still run has ended, or the same would happen again.
+        No more are admitted before one of those that still run has ended, or the same would happen again. Where the
+        step may have damaged what its sequences have, the older half begins again as well.
         """
         by_age = sorted(plan.sequences, key=lambda sequence: sequence.number)
-        younger = by_age[(len(by_age) + 1) // 2 :]
-        for sequence in reversed(younger):
+        older = by_age[: (len(by_age) + 1) // 2]
+        if len(older) == len(by_age):
+            return False
+        self._most = len(self.running) - (len(by_age) - len(older))
+        lost = by_age if not self.kv.survives_failures else []
+        for sequence in lost:
+            sequence.computed = 0  # nothing of it is to be found again
+        for sequence in reversed(lost or by_age[len(older) :]):
             self._set_back(sequence)
-        self._overfull = bool(younger)
-        return self._overfull
+        return True
 
     def _make_room(self) -> tuple[list[Sequence], bool]:
         """Let every decoding sequence grow by a token, oldest first, at the expense of the youngest running ones.
@@ -216,7 +227,11 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _admit(self) -> None:
-        while self.waiting and not self.waiting[0].pending and self.kv.admit(self.waiting[0]):
+        while self.waiting and not self.waiting[0].pending:
+            if self._most is not None and len(self.running) >= self._most:
+                return
+            if not self.kv.admit(self.waiting[0]):
+                return
             sequence = self.waiting.popleft()
             sequence.admitted_at = sequence.admitted_at or time.monotonic()
             self.running.append(sequence)

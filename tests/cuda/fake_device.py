@@ -39,6 +39,7 @@ class FakeGpu:
     prefill_tokens: int = 64
     count: int = 1
     fusion: Fusion = STOCK
+    copies: int = 4  # of states of linear attention
     paged: bool = True  # PagedAttention, which here takes fp32 as well
     sessions: list[ReferenceSession] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
@@ -72,7 +73,17 @@ class FakeGpu:
             mutual=_session(make_graph(mutual=True), weights) if spec.decoder.mutual_images else None,
         )
         decoder.capture()
-        kv = PagedKVCache(slots=slots, blocks=self.blocks, block_size=self.block_size, context_length=context_length)
+        if decoder.states is not None:
+            decoder.states.make_places(self.copies)
+        kv = PagedKVCache(
+            slots=slots,
+            blocks=self.blocks,
+            block_size=self.block_size,
+            context_length=context_length,
+            states=decoder.states,
+            copies=self.copies,
+            chunk=self.prefill_tokens,
+        )
         runner = CudaRunner(spec, decoder, sampler, _tower(artifact, config), kv, memory=ModelMemory(0, 0, 0, 0, 0))
         limits = StepLimits(self.prefill_tokens, 1024, aligned_chunks=False)
         replica = Replica(

@@ -92,6 +92,10 @@ class Paged:
         )
         for cache in self.decoder._caches.values():
             cache.fill_(-128 if scales else torch.nan)  # what nobody wrote is not read
+        if self.decoder.states is not None:
+            self.decoder.capture()  # elsewhere the first step of a size does that by the way
+            for rows in self.decoder.states._rows:
+                rows.fill_(torch.nan)
         order = np.random.default_rng(0).permutation(SLOTS * columns) + 1
         self._tables = order.reshape(SLOTS, columns).astype(np.int32)
 
@@ -119,6 +123,14 @@ class Paged:
         return np.stack([logits[number] for number in range(len(parts))])
 
     def _call(self, parts: Sequence[Part], *, mutual: bool = False) -> NDArray[np.float32]:
+        if self.decoder.states is None:
+            return self._packed(parts, mutual=mutual)
+        (order,) = self.decoder.states.arrange([part.slot for part in parts])
+        places = [[part.slot for part in parts].index(slot) for slot in order]
+        logits = self._packed([parts[place] for place in places])
+        return logits[np.argsort(places)]
+
+    def _packed(self, parts: Sequence[Part], *, mutual: bool = False) -> NDArray[np.float32]:
         slots = np.array([part.slot for part in parts], np.int32)
         counts = np.array([part.stop - part.start for part in parts], np.int32)
         past = np.array([part.start for part in parts], np.int32)

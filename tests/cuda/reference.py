@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 import tests.cuda.attention
+import tests.cuda.delta_net
 import tests.cuda.fused_operators
-import tests.cuda.shapes  # noqa: F401  (these three register their operators)
+import tests.cuda.shapes  # noqa: F401  (these four register their operators)
 from engine.runtime.cuda.session import Binding
 from tests.cuda.operators import MICROSOFT, OPERATORS, Operator, attribute, initializer, torch_dtype
 from tests.cuda.paged_attention import PAGED_ATTENTION

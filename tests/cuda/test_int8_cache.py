@@ -33,8 +33,12 @@ def measured(tiny: Tiny) -> NDArray[np.float32]:
     return measure_ranges(Paged(tiny, "fp16", "float16").decoder, prefix_step(tiny.text_case(150, seed=9), 150))
 
 
+def scales_of(tiny: Tiny) -> dict[str, torch.Tensor]:
+    return scale_inputs(measured(tiny), tiny.spec.decoder.attention_layers, CPU)
+
+
 def test_logits_over_an_int8_cache_are_nearly_the_references(tiny: Tiny) -> None:
-    paged, case = Paged(tiny, "fp16", "float16", scales=scale_inputs(measured(tiny), CPU)), tiny.case
+    paged, case = Paged(tiny, "fp16", "float16", scales=scales_of(tiny)), tiny.case
     steps = [Part(2, case, 0, 50), Part(2, case, 50, PROMPT)]
     steps += [Part(2, case, PROMPT + step, PROMPT + step + 1) for step in range(STEPS)]
     found = np.concatenate([paged.step(part) for part in steps])
@@ -42,7 +46,7 @@ def test_logits_over_an_int8_cache_are_nearly_the_references(tiny: Tiny) -> None
 
 
 def test_an_int8_cache_takes_half_the_memory(tiny: Tiny) -> None:
-    scales = scale_inputs(measured(tiny), CPU)
+    scales = scales_of(tiny)
     assert (
         2 * Paged(tiny, "fp16", "float16", scales=scales).decoder.kv_bytes
         == Paged(tiny, "fp16", "float16").decoder.kv_bytes
@@ -52,7 +56,8 @@ def test_an_int8_cache_takes_half_the_memory(tiny: Tiny) -> None:
 def test_no_key_at_any_position_and_no_value_of_the_text_is_cut_off(tiny: Tiny) -> None:
     ranges = measured(tiny)
     paged, case = Paged(tiny, "fp16", "float16"), tiny.text_case(150, seed=9)
-    scales = scale_inputs(ranges, CPU)
+    scales = scale_inputs(ranges, tiny.spec.decoder.attention_layers, CPU)
+    layer = tiny.spec.decoder.attention_layers[0]
     for seed in (1, 2):
         step = prefix_step(case, 150)
         if tiny.spec.decoder.rope.axes == 3:  # elsewhere, a key is turned by its place
@@ -60,14 +65,14 @@ def test_no_key_at_any_position_and_no_value_of_the_text_is_cut_off(tiny: Tiny) 
             step = replace(step, positions=positions.astype(np.int32))
         paged.decoder.run(step)
         for part in ("key", "value"):
-            cached = paged.decoder.cached(part, 0, step.tables[0], 150).float()
-            assert (cached.abs() <= 127 * scales[StepInputs.cache_scale(part, 0)].squeeze(1)).all()
+            cached = paged.decoder.cached(part, layer, step.tables[0], 150).float()
+            assert (cached.abs() <= 127 * scales[StepInputs.cache_scale(part, layer)].squeeze(1)).all()
 
 
 def test_a_silent_channel_and_a_silent_head_have_scales_that_divide() -> None:
     ranges = np.zeros((1, 2, 2, 4), np.float32)
     ranges[0, 0, 0] = [127, 0, 1, 2]
-    scales = scale_inputs(ranges, CPU)
+    scales = scale_inputs(ranges, [0], CPU)
     assert {tuple(scale.shape) for scale in scales.values()} == {(2, 1, 4)}
     assert scales[StepInputs.cache_scale("key", 0)][0, 0].tolist() == pytest.approx(
         [1.25, 1.25e-3, 0.00984, 0.0197], 0.01

@@ -8,11 +8,11 @@ import pytest
 from engine.spec import FloatType, Precision
 from tests.cuda.paged import Paged, Part
 from tests.cuda.reference import ReferenceSession
-from tests.cuda.tiny import tiny, tiny_mrope
+from tests.cuda.tiny import any_mrope, tiny
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import PROMPT, STEPS, Tiny, make_tiny
 
-__all__ = ["tiny", "tiny_mrope"]
+__all__ = ["any_mrope", "tiny"]
 
 
 PRECISIONS: list[tuple[Precision, FloatType, float]] = [
@@ -22,24 +22,32 @@ PRECISIONS: list[tuple[Precision, FloatType, float]] = [
 ]
 
 
+def at_most(limit: float, tiny: Tiny) -> float:
+    """A norm lifts each head's output of linear attention to one size, however near zero it is: with random weights, 16
+    bits cost more there, and transformers in 16 bits is as far from itself in 32."""
+    return 3 * limit if tiny.spec.decoder.delta_net and limit > 1e-4 else limit
+
+
 @pytest.mark.parametrize(("precision", "activations", "limit"), PRECISIONS)
 def test_chunks_and_decoding_rows_in_one_call_give_the_references_logits(
     tiny: Tiny, precision: Precision, activations: FloatType, limit: float
 ) -> None:
-    assert _mixed_steps(tiny, Paged(tiny, precision, activations)) < limit
+    assert _mixed_steps(tiny, Paged(tiny, precision, activations)) < at_most(limit, tiny)
 
 
 @pytest.mark.parametrize(("precision", "activations", "limit"), PRECISIONS)
 def test_three_positions_that_differ_turn_as_in_the_reference(
-    tiny_mrope: Tiny, precision: Precision, activations: FloatType, limit: float
+    any_mrope: Tiny, precision: Precision, activations: FloatType, limit: float
 ) -> None:
-    case = tiny_mrope.case_anywhere(40, seed=6)
-    paged = Paged(tiny_mrope, precision, activations)
+    case = any_mrope.case_anywhere(40, seed=6)
+    paged = Paged(any_mrope, precision, activations)
     found = [paged.step(Part(1, case, start, stop)) for start, stop in ((0, 20), (20, 39), (39, 40))]
-    assert relative_error(np.concatenate(found), case.logits[[19, 38, 39]]) < limit
+    assert relative_error(np.concatenate(found), case.logits[[19, 38, 39]]) < at_most(limit, any_mrope)
 
 
 def test_plain_operators_write_the_cache_in_place_in_onnx_runtime(tiny: Tiny) -> None:
+    if tiny.spec.decoder.delta_net:
+        pytest.skip("the CPU provider does not have linear attention over packed sequences")
     assert _mixed_steps(tiny, Paged(tiny, "fp32", "float32", cpu_provider=True)) < 1e-4
 
 

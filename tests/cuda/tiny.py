@@ -1,4 +1,4 @@
-"""The tiny models that have graphs on a GPU: linear attention runs on the CPU only so far."""
+"""The tiny models as pytest's fixtures, and what differs among them on a GPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import pytest
 
 from tests.runtime.conftest import MODELS, Tiny, make_tiny
 
-LINEAR = {"qwen3_5", "qwen3_5_text"}
-ON_GPU = [name for name in MODELS if name not in LINEAR]
+FUSABLE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]  # of those with three axes
 
 
-@pytest.fixture(scope="session", params=ON_GPU)
+@pytest.fixture(scope="session", params=list(MODELS))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="session", params=FUSABLE)
 def tiny_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Three rotary positions per token, and layers that operators of our own compute."""
+    return make_tiny(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=[*FUSABLE, "qwen3_5", "qwen3_5_text"])
+def any_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Three rotary positions per token."""
     return make_tiny(request.param, tmp_path_factory)

@@ -1,4 +1,4 @@
-"""Sequences with a state of linear attention, through the whole engine: batched, set back, reused, and refused."""
+"""Sequences with a state of linear attention, through the whole engine: batched, set back and reused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig
-from engine.device import Devices, Gpu
-from engine.errors import DeviceUnavailable, InvalidConfig
-from engine.model import load_model
+from engine.errors import InvalidConfig
 from tests.engine.asking import ask, mixed_requests, note_set_backs, picture, replica, request
 from tests.engine.conftest import Start
 from tests.engine.test_vision_families import qwen3_5
@@ -80,11 +77,3 @@ def test_memory_that_holds_no_state_is_refused_with_what_to_raise(
     monkeypatch.setattr("engine.spec.DeltaNetSpec.state_bytes", property(lambda _: 3 << 20))
     with pytest.raises(InvalidConfig, match="kv_cache_mib is 2, but tiny-qwen3-5 keeps 3 MiB of each sequence"):
         start(kv_cache_mib=2).load(MODEL)
-
-
-def test_a_gpu_is_refused_before_anything_is_converted(storage: Path) -> None:
-    gpu = Devices((Gpu(0, "H100", (9, 0), 70 << 30, 80 << 30),))
-    config = EngineConfig.from_mapping({"storage": storage, "device": "cuda", "precision": "fp16"})
-    with pytest.raises(DeviceUnavailable, match="runs on the CPU only so far; set the device to cpu"):
-        load_model(MODEL, config, gpu, [])
-    assert not list((storage / "artifacts").glob("*-fp16-*"))

@@ -51,7 +51,7 @@ class PagedAttention:
         self._builder = builder
         self._spec = spec
         self._heads = Heads(builder, spec, positions)
-        self._starts = builder.input(StepInputs.STARTS, np.int32, ["B1"])
+        self.starts = builder.input(StepInputs.STARTS, np.int32, ["B1"])
         self._past = builder.input(StepInputs.PAST, np.int32, ["B"])
         self._blocks = builder.input(StepInputs.BLOCK_TABLE, np.int32, ["B", "M"])
         self._bounds = builder.input(StepInputs.BOUNDS, np.int32, [3])
@@ -61,15 +61,19 @@ class PagedAttention:
         self._mutual = mutual
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
-        """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
+        """[T, (heads + 2 * kv_heads) * head_dim], and gates if there are any, to [T, heads * head_dim]."""
         builder, spec = self._builder, self._spec
+        rotate_inside = self._positions is None
+        inputs: tuple[ir.Value | None, ...] = (qkv, None, None)
+        gate = None
+        if not rotate_inside:
+            inputs, gate = self._rotated(qkv, layer)
+        assert gate is not None or not spec.attention_gate, "This is a bug: a gate, and rotation by the operator."
         caches = [self._caches.input(part, layer) for part in PARTS]
         norms = self._heads.norm_weights(layer)
-        rotate_inside = self._positions is None
         output, *written = builder.ops(
             "PagedAttention",
-            *((qkv, None, None) if rotate_inside else self._rotated(qkv, norms, layer)),
-            *(*caches, self._starts, self._past, self._blocks),
+            *(*inputs, *caches, self.starts, self._past, self._blocks),
             *(self._heads.tables(layer) if rotate_inside else (None, None)),
             *(None, None),  # slot mapping, head sink
             *(norms if rotate_inside else (None, None)),
@@ -86,7 +90,7 @@ class PagedAttention:
         )
         for part, value in zip(PARTS, written, strict=True):
             self._caches.written(part, layer, value)
-        return output
+        return self._heads.gated(output, gate)
 
     def output_cache(self) -> None:
         """Declare the caches as outputs, after the logits."""
@@ -109,13 +113,15 @@ class PagedAttention:
         positions = builder.input(StepInputs.POSITIONS, np.int32, [3, "T"])
         return builder.op("Cast", builder.reshape(positions, 3, 1, -1), to=int(ir.DataType.INT64))
 
-    def _rotated(
-        self, qkv: ir.Value, norms: tuple[ir.Value | None, ir.Value | None], layer: int
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Three-axis rotary embedding, which the operator does not do itself, and the norm that comes before it."""
+    def _rotated(self, qkv: ir.Value, layer: int) -> tuple[tuple[ir.Value, ir.Value, ir.Value], ir.Value | None]:
+        """Three-axis rotary embedding, which the operator does not do itself, and the norm that comes before it.
+
+        Queries, keys and values, and the gates.
+        """
         heads, spec, positions = self._heads, self._spec, self._positions
         assert positions is not None
-        query, key, value = heads.split(qkv)
-        query = heads.rotate(heads.norm(query, spec.heads, norms[0]), spec.heads, positions, layer)
-        key = heads.rotate(heads.norm(key, spec.kv_heads, norms[1]), spec.kv_heads, positions, layer)
-        return query, key, value
+        (query, key, value), gate = heads.split_gated(qkv)
+        query_norm, key_norm = heads.norm_weights(layer)
+        query = heads.rotate(heads.norm(query, spec.heads, query_norm), spec.heads, positions, layer)
+        key = heads.rotate(heads.norm(key, spec.kv_heads, key_norm), spec.kv_heads, positions, layer)
+        return (query, key, value), gate

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.builder import MICROSOFT
 from engine.graphs.cuda.attention import PagedAttention
+from engine.graphs.cuda.delta_net import CudaDeltaNet
 from engine.graphs.cuda.features import Features
 from engine.graphs.cuda.fused import STOCK, FusedDecodeAttention, FusedLayers, Fusion
 from engine.graphs.cuda.inputs import StepInputs
@@ -15,7 +16,7 @@ from engine.graphs.cuda.linear import cuda_linears
 from engine.graphs.cuda.unfused import UnfusedAttention
 from engine.graphs.cuda.weights import CudaBuilder, CudaGraph
 from engine.graphs.decoder import decoder_graph, scaled_embedding, softcapped
-from engine.graphs.dialect import DecoderAttention, Residual
+from engine.graphs.dialect import DecoderAttention, LinearAttention, Residual
 from engine.spec import DecoderSpec, FloatType
 
 
@@ -55,17 +56,28 @@ def cuda_decoder(
         attention = FusedDecodeAttention(builder, spec, positions, int8_cache=int8_cache)
     else:
         attention = PagedAttention(builder, spec, positions, int8_cache=int8_cache, mutual=mutual)
-    return assembled(builder, spec, layers, attention)
+    linear_attention = None
+    if spec.delta_net is not None:
+        paged_starts = attention.starts if isinstance(attention, PagedAttention) else None
+        starts = paged_starts or builder.input(StepInputs.STARTS, np.int32, ["B1"])
+        linear_attention = CudaDeltaNet(builder, spec.delta_net, spec.norm_eps, starts)
+    return assembled(builder, spec, layers, attention, linear_attention)
 
 
 def assembled(
-    builder: CudaBuilder, spec: DecoderSpec, layers: StockLayers | FusedLayers, attention: DecoderAttention
+    builder: CudaBuilder,
+    spec: DecoderSpec,
+    layers: StockLayers | FusedLayers,
+    attention: DecoderAttention,
+    linear_attention: LinearAttention | None = None,
 ) -> CudaGraph:
-    """The graph from tokens to logits and caches."""
+    """The graph from tokens to logits, caches and states."""
     rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
-    logits = decoder_graph(layers, attention, spec, layers.tokens(), rows)
+    logits = decoder_graph(layers, attention, spec, layers.tokens(), rows, linear_attention)
     builder.output(logits, StepInputs.LOGITS, builder.dtype.type)
     attention.output_cache()
+    if linear_attention is not None:
+        linear_attention.output_state()
     return builder.graph()
 
 
@@ -77,6 +89,7 @@ class StockLayers:
         self._model = artifact.spec
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
+        self._normed: tuple[ir.Value, str, ir.Value] | None = None  # what `_norm` gave last
 
     def tokens(self) -> ir.Value:
         """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
@@ -118,16 +131,23 @@ class StockLayers:
         return softcapped(self._builder, logits, self._spec, self._builder.dtype.type)
 
     def _norm(self, x: Residual, name: str) -> ir.Value:
-        """The norm of the residual and what waits to be added to it; one launch for both."""
+        """The norm of the residual and what waits to be added to it; one launch for both.
+
+        Asked for again, as linear attention's two products do, it is the same value.
+        """
         builder, epsilon = self._builder, self._spec.norm_eps
+        if x.added is None and self._normed is not None and self._normed[:2] == (x.value, name):
+            return self._normed[2]
         weight = builder.device_weight(f"{name}.weight")
         if x.added is None:
-            return builder.op("SimplifiedLayerNormalization", x.value, weight, axis=-1, epsilon=epsilon)
-        normed, _, _, x.value = builder.ops(
-            *("SkipSimplifiedLayerNormalization", x.value, x.added, weight),
-            outputs=4,
-            domain=MICROSOFT,
-            epsilon=epsilon,
-        )
-        x.added = None
+            normed = builder.op("SimplifiedLayerNormalization", x.value, weight, axis=-1, epsilon=epsilon)
+        else:
+            normed, _, _, x.value = builder.ops(
+                *("SkipSimplifiedLayerNormalization", x.value, x.added, weight),
+                outputs=4,
+                domain=MICROSOFT,
+                epsilon=epsilon,
+            )
+            x.added = None
+        self._normed = (x.value, name, normed)
         return normed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 PARTS = ("key", "value")  # of the KV cache
+STATE_PARTS = ("recurrent", "window")  # of linear attention's state
 
 
 class StepInputs:
@@ -38,9 +39,23 @@ class StepInputs:
         """float32 [kv_heads, 1, head_dim]: what 1 in an int8 cache stands for; only with one."""
         return f"cache_scale.{part}.{layer}"
 
+    @staticmethod
+    def state(part: str, layer: int) -> str:
+        """Of each sequence of the step, in the step's order, read and written in place.
+
+        `part` is recurrent, float32 [B, value_heads, value_dim, key_dim], or window, activations
+        [B, conv_width, kernel - 1]: the last inputs of the convolution.
+        """
+        return f"state.{part}.{layer}"
+
+    @staticmethod
+    def state_out(part: str, layer: int) -> str:
+        """The same memory."""
+        return f"state_out.{part}.{layer}"
+
 
 class UnfusedInputs:
-    """What attention without PagedAttention takes instead of STARTS, PAST and BOUNDS; int32, on the device."""
+    """What attention without PagedAttention takes instead of PAST, BOUNDS and mostly STARTS; int32, on the device."""
 
     PLACES = "places"  # [T]: a token's place in its sequence
     WRITTEN = "written"  # [T, 2]: block and place in it where the token's key and value go

@@ -51,6 +51,8 @@ class BlockLinears:
 
     def linear(self, x: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         builder = self._builder
+        if not builder.has(f"{name}.scale"):  # a layer that is never rounded
+            return DenseLinears(builder).linear(x, name, rows)
         outputs, inputs = builder.shape(f"{name}.weight")
         first, stop = rows or (0, outputs)
         product = builder.op(

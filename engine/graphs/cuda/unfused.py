@@ -37,9 +37,9 @@ class UnfusedAttention:
         self._seen, self._seen_in_window, self._valid = self._masks(places)
 
     def attend(self, qkv: ir.Value, layer: int) -> ir.Value:
-        """[T, (heads + 2 * kv_heads) * head_dim] to [T, heads * head_dim]."""
+        """[T, (heads + 2 * kv_heads) * head_dim], and gates if there are any, to [T, heads * head_dim]."""
         builder, spec, heads = self._builder, self._spec, self._heads
-        query, key, value = heads.split(qkv)
+        (query, key, value), gate = heads.split_gated(qkv)
         query_norm, key_norm = heads.norm_weights(layer)
         query = heads.rotate(heads.norm(query, spec.heads, query_norm), spec.heads, self._positions, layer)
         key = heads.rotate(heads.norm(key, spec.kv_heads, key_norm), spec.kv_heads, self._positions, layer)
@@ -52,7 +52,8 @@ class UnfusedAttention:
         values = builder.op("Where", self._valid, values, builder.constant(0, np.float32))
         mixed = builder.op("MatMul", builder.op("Softmax", scores, axis=-1), self._by_head(values, [0, 2, 1, 3]))
         rows = builder.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
-        return builder.op("Gather", builder.reshape(rows, -1, spec.heads * spec.head_dim), self._unpadded, axis=0)
+        rows = builder.reshape(rows, -1, spec.heads * spec.head_dim)
+        return heads.gated(builder.op("Gather", rows, self._unpadded, axis=0), gate)
 
     def output_cache(self) -> None:
         """Declare the caches as outputs, after the logits."""

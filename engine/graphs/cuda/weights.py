@@ -16,10 +16,10 @@ from engine.spec import FloatType
 
 BLOCK = 32  # weights per scale of MatMulNBits; its fast kernels know no other block
 
-Form = Literal["plain", "stored", "blocks", "block_scales"]
-"""plain: the artifact's values as `dtype`, int8 ones times their scale. stored: as they lie there. blocks: int8
-[out, in] as uint8 [out, in / BLOCK, BLOCK] around 128. block_scales: one scale per output channel, repeated for each
-block, [out, in / BLOCK]."""
+Form = Literal["plain", "float32", "stored", "blocks", "block_scales"]
+"""plain: the artifact's values as `dtype`, int8 ones times their scale. float32: the same in that type.
+stored: as they lie there. blocks: int8 [out, in] as uint8 [out, in / BLOCK, BLOCK] around 128. block_scales: one scale
+per output channel, repeated for each block, [out, in / BLOCK]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,9 @@ class CudaBuilder(GraphBuilder):
         dtype = self.dtype
         match form:
             case "plain":
+                wanted = (stop - first, *shape[1:])
+            case "float32":
+                dtype = np.dtype(np.float32)
                 wanted = (stop - first, *shape[1:])
             case "stored":
                 dtype = np.dtype(entry.dtype)

@@ -11,6 +11,7 @@ import torch
 from engine.graphs.cuda import PARTS, StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
 from engine.runtime.cuda.session import Binding, GraphSession
+from engine.runtime.cuda.states import DeltaNetStates
 from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
 from engine.runtime.cuda.unfused import unfused_parts, unfused_size
 from engine.spec import DecoderSpec
@@ -21,7 +22,8 @@ _SLOTS = "slots"
 class PagedDecoder:
     """One session, its KV blocks, and a captured graph for every bucket. One thread.
 
-    Block 0 of the caches belongs to no sequence: rows that fill up a bucket write there.
+    Block 0 of the caches belongs to no sequence: rows that fill up a bucket write there. With linear attention a step's
+    sequences have their `states` in the first rows, in the step's order.
 
     A graph whose attention is not paged runs operator by operator, without captured graphs: what it needs of memory
     grows with the bucket's context, and it is there to compare with.
@@ -43,10 +45,12 @@ class PagedDecoder:
         cache_scales: Mapping[str, torch.Tensor] | None = None,
         decoding: GraphSession | None = None,
         mutual: GraphSession | None = None,
+        states: DeltaNetStates | None = None,
     ) -> None:
         """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `paged` as the graph was made.
         `cache_scales` are the inputs `StepInputs.cache_scale` of a graph with int8 caches. `decoding` runs the captured
-        steps, if not the same session does all; `mutual` those steps, where the model has any.
+        steps, if not the same session does all; `mutual` those steps, where the model has any. `states` are those that
+        linear attention needs, made here unless they are given.
 
         `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
         """
@@ -63,9 +67,12 @@ class PagedDecoder:
             StepInputs.cache(part, layer): torch.zeros(
                 shape, dtype=torch.int8 if cache_scales else dtype, device=device
             )
-            for layer in range(spec.layers)
+            for layer in spec.attention_layers
             for part in PARTS
         }
+        if states is None and spec.delta_net is not None:
+            states = DeltaNetStates(spec.delta_net, slots, dtype, device)
+        self.states = states
         self._cache_scales = dict(cache_scales or {})
         self._logits = torch.zeros((slots, spec.vocab), dtype=dtype, device=device)
         self._no_features = torch.zeros((1, spec.feature_width), dtype=dtype, device=device)
@@ -89,12 +96,14 @@ class PagedDecoder:
 
     def run(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Enqueue a step; logits [R, vocab] and the slots [R] int32 they are for, until the next step."""
-        if step.is_decode and self._paged:
+        if self.states is not None:
+            self.states.clear(np.flatnonzero(step.past == 0).tolist())
+        if step.is_decode and self._paged and self._is_captured(step):
             return self._decode(step)
         return self._packed(step)
 
     def capture(self) -> None:
-        """Record every bucket's graph, with rows that write to block 0."""
+        """Record every bucket's graph, with rows that write to block 0. States of sequences do not survive it."""
         for bucket in self.buckets if self._paged else ():
             self._replay(bucket, _stand_in(bucket, self.spec.rope.axes))
 
@@ -120,7 +129,18 @@ class PagedDecoder:
         """Let go of the session, its graphs and bindings, and KV memory; nothing runs afterwards."""
         self._captured.clear()
         self._caches.clear()
+        self.states = None
         del self._session, self._decoding, self._mutual
+
+    def _is_captured(self, step: PackedStep) -> bool:
+        """Whether a graph may be replayed: what fills up its bucket writes states, which must be nobody's.
+
+        To capture one would compute the step several times, and a state is written where it was read.
+        """
+        if self.states is None:
+            return True
+        bucket = self.buckets.find(len(step.ids), step.longest)
+        return bucket in self._captured and self.states.free_from(len(step.ids), bucket.batch)
 
     def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         place = self._replay(self.buckets.find(len(step.ids), step.longest), step)
@@ -158,7 +178,7 @@ class PagedDecoder:
             StepInputs.FEATURE_INDEX: torch.full((batch,), -1, dtype=torch.int32, device=device),
             StepInputs.BOUNDS: torch.tensor([1, bucket.context, bucket.shorter + 1], dtype=torch.int32),
         }
-        return place, self._bind(self._decoding, inputs, self._no_features, batch)
+        return place, self._bind(self._decoding, inputs, self._no_features, batch, batch)
 
     def _packed(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         columns = -(-step.longest // self._block_size)
@@ -177,18 +197,19 @@ class PagedDecoder:
         host_inputs: dict[str, torch.Tensor] = {}
         if self._paged:
             parts[StepInputs.PAST] = step.past
-            parts[StepInputs.STARTS] = np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32)
             bounds = [int(step.counts.max()), step.longest, step.longest]
             host_inputs[StepInputs.BOUNDS] = torch.tensor(bounds, dtype=torch.int32)
         else:
             parts |= unfused_parts(step, columns, self._block_size)
+        if self._paged or self.states is not None:
+            parts[StepInputs.STARTS] = np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32)
         place = self._buffer.place({name: part.shape for name, part in parts.items()})
         place.upload(parts)
         inputs = {name: place.view(name) for name in parts if name != _SLOTS}
         features = self._no_features if step.features is None else step.features
         session = self._mutual if step.mutual else self._session
         assert session is not None, "This is a bug: a step of images that see themselves, for a model that has none."
-        session.run(self._bind(session, inputs | host_inputs, features, len(rows)))
+        session.run(self._bind(session, inputs | host_inputs, features, len(rows), len(step.counts)))
         return self._logits[: len(step.slots)], place.view(_SLOTS)
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
@@ -203,15 +224,22 @@ class PagedDecoder:
         return shapes | ({StepInputs.POSITIONS: (3, batch)} if self.spec.rope.axes == 3 else {})
 
     def _bind(
-        self, session: GraphSession, inputs: dict[str, torch.Tensor], features: torch.Tensor, rows: int
+        self,
+        session: GraphSession,
+        inputs: dict[str, torch.Tensor],
+        features: torch.Tensor,
+        rows: int,
+        sequences: int,
     ) -> Binding:
         shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features} | self._cache_scales
         written = {
             StepInputs.cache_out(part, layer): self._caches[StepInputs.cache(part, layer)]
-            for layer in range(self.spec.layers)
+            for layer in self.spec.attention_layers
             for part in PARTS
         }
-        return session.bind(inputs | shared | self._caches, {StepInputs.LOGITS: self._logits[:rows]} | written)
+        states, after = self.states.bound(sequences) if self.states is not None else ({}, {})
+        outputs = {StepInputs.LOGITS: self._logits[:rows]} | written | after
+        return session.bind(inputs | shared | self._caches | states, outputs)
 
     def _columns(self, bucket: Bucket) -> int:
         return -(-bucket.context // self._block_size)

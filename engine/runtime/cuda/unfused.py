@@ -30,4 +30,4 @@ def unfused_parts(step: PackedStep, columns: int, block_size: int) -> dict[str, 
 
 def unfused_size(step_tokens: int, slots: int, context_length: int) -> int:
     """int32 values that `unfused_parts` has at most, and what aligning each part may add."""
-    return (4 + slots) * step_tokens + slots + 2 * context_length + 4096
+    return (4 + slots) * step_tokens + 2 * slots + 2 * context_length + 4096

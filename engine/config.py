@@ -31,6 +31,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "max_image_megapixels": (0.001, 10_000),
     "max_image_mib": (1, 256),
     "max_images": (1, 10_000),
+    "max_video_tokens": (64, 1 << 20),
     "answer_cache_mib": (1, 1 << 20),
     "feature_cache_mib": (1, 1 << 20),
     "cache_expiry_hours": (0.001, 24 * 3650),
@@ -73,7 +74,8 @@ class EngineConfig:
     max_image_megapixels: float = 50.0
     max_image_mib: int = 20  # of a file that is fetched from a URL
     allow_private_images: bool = False  # whether such a URL may lead to a private or loopback address
-    max_images: int = 64  # per request
+    max_images: int = 64  # per request, videos among them
+    max_video_tokens: int = 8192  # that one video may fill; its frames are made smaller until they fit
     cache_enabled: bool = True
     answer_cache_mib: int = 256
     feature_cache_mib: int = 1024

@@ -36,9 +36,9 @@ from engine.hub.downloads import Downloads
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
-from engine.preprocess import ImageInput, image_size
+from engine.preprocess import ImageInput
 from engine.prompts import Prompt
-from engine.request import Chunk, Finished, Image, Message, Request, Timings, Tool
+from engine.request import Chunk, Finished, Message, Request, Timings, Tool, shown
 from engine.sampling import SamplerState
 from engine.scheduling.sequence import Sequence
 from engine.stats import Counts, OnStep, Uncounted, both
@@ -77,6 +77,8 @@ class Engine:
         self._closing = False
         self._loader = ThreadPoolExecutor(1, "engine-load")
         self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
+        # Decoding a video takes seconds, for which requests without one do not wait.
+        self._video_workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare-video")
         self._fetcher = ImageFetcher(config)
         self._downloads = Downloads(config)
         self._arrivals: dict[Stream, tuple[str, float]] = {}  # who waits for a download: for what, and how long
@@ -104,7 +106,7 @@ class Engine:
             raise
 
     def _submit(self, request: Request, on_event: OnEvent | None) -> Stream:
-        if (images := len(request.images) + len(request.image_urls)) > self.config.max_images:
+        if (images := len(request.shown) + len(request.urls)) > self.config.max_images:
             raise InvalidRequest(f"{images} images in one request; the limit is {self.config.max_images} (max_images)")
         is_here = self._downloads.require(request.model)
         accepted = time.monotonic()
@@ -120,7 +122,7 @@ class Engine:
             self._open[stream] = model_name(request.model, self.config.storage)
             if not is_here:
                 self._arrivals[stream] = request.model, accepted + self.config.download_wait_s
-        pool, prepare = (self._fetcher.pool, self._fetch) if request.image_urls else (self._workers, self._prepare)
+        pool, prepare = (self._fetcher.pool, self._fetch) if request.urls else (self._pool(request), self._prepare)
         start = partial(prepare, request, stream, accepted)
         self._model(request.model).add_done_callback(lambda model: pool.submit(start, model))
         return stream
@@ -129,9 +131,9 @@ class Engine:
         """Tokens of the prompt, images included. Blocks while the model loads. Raises ModelDownloading."""
         self._downloads.wait(model)
         messages = self._fetcher.fetched(messages)
-        images = [part for message in messages for part in message.parts if isinstance(part, Image)]
-        sizes = [image_size(image.data, max_megapixels=self.config.max_image_megapixels) for image in images]
-        return self.load(model).prompts.count(messages, sizes, tools)
+        loaded = self.load(model)
+        layouts = loaded.layouts(shown(messages), self.config.max_image_megapixels)
+        return loaded.prompts.count(messages, layouts, tools)
 
     def load(self, name: str) -> Model:
         """Load a model now instead of at its first request; blocks, however long its download takes."""
@@ -175,6 +177,7 @@ class Engine:
         self._downloads.close()
         self._loader.shutdown(cancel_futures=True)
         self._workers.shutdown(cancel_futures=True)
+        self._video_workers.shutdown(cancel_futures=True)
         self._fetcher.close()
         for loop in self._loops:
             loop.close()
@@ -207,7 +210,10 @@ class Engine:
         with stream.failing():
             if not stream.has_ended:
                 request = replace(request, messages=self._fetcher.fetched(request.messages))
-                self._workers.submit(self._prepare, request, stream, accepted, loaded)
+                self._pool(request).submit(self._prepare, request, stream, accepted, loaded)
+
+    def _pool(self, request: Request) -> ThreadPoolExecutor:
+        return self._video_workers if request.has_videos else self._workers
 
     def _prepare(self, request: Request, stream: Stream, accepted: float, loaded: Future[Model]) -> None:
         with stream.failing():
@@ -216,7 +222,7 @@ class Engine:
 
     def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
         """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
-        layouts = model.layouts(request.images, self.config.max_image_megapixels)
+        layouts = model.layouts(request.shown, self.config.max_image_megapixels)
         prompt = model.prompts.build(request.messages, layouts, tools=request.tools, thinking=request.thinking)
         stream.reader = model.prompts.reader(request.tools, opens_thinking=prompt.opens_thinking)
         max_tokens = _fit(len(prompt.token_ids), request.sampling.max_tokens, model.context_length)
@@ -253,7 +259,7 @@ class Engine:
         """The images as the tower takes them; those whose features are known stay without pixels."""
         return tuple(
             layout if known is not None else model.image_input(image, self.config.max_image_megapixels)
-            for image, layout, known in zip(request.images, layouts, features, strict=True)
+            for image, layout, known in zip(request.shown, layouts, features, strict=True)
         )
 
     def _answer_key(self, model: Model, request: Request, prompt: Prompt) -> bytes | None:

@@ -60,6 +60,10 @@ class InvalidParameter(InvalidRequest):
     """A sampling parameter has a wrong type or is out of range."""
 
 
+class InvalidVideo(InvalidRequest):
+    """A video file cannot be read, or is larger or longer than allowed."""
+
+
 class ContextOverflow(InvalidRequest):
     """Prompt and requested output do not fit the model's context."""
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,13 +18,24 @@ from engine.config import EngineConfig
 from engine.device import Devices, resolve_precision
 from engine.errors import InvalidRequest
 from engine.loop import StepLoop
-from engine.preprocess import DetailedProcessor, ImageInput, decode_image, image_processor, image_size
+from engine.preprocess import (
+    DetailedProcessor,
+    ImageInput,
+    QwenVideoProcessor,
+    decode_image,
+    image_processor,
+    image_size,
+    video_processor,
+)
 from engine.prompts import PromptBuilder
 from engine.replica import Replica
-from engine.request import Image
+from engine.request import Image, Video
 from engine.runners.open_cpu import open_cpu
 from engine.sampling import Grammars
 from engine.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.preprocess.video_file import VideoFile
 
 OpenCuda = Callable[[str, Artifact, EngineConfig, int], Replica]
 """A model, its weights, the settings and a GPU's number to a replica: `open_cuda`, or what stands in for it."""
@@ -41,6 +53,7 @@ class Model:
     prompts: PromptBuilder
     grammars: Grammars
     images: DetailedProcessor | None
+    videos: QwenVideoProcessor | None
     replicas: tuple[tuple[Replica, StepLoop], ...]
     context_length: int
     _choosing: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -61,28 +74,46 @@ class Model:
         for replica, loop in self.replicas:
             loop.remove(replica)
 
-    def layouts(self, images: Ordered[Image], max_megapixels: float) -> list[ImageInput]:
-        """What the images will be to the prompt: tokens, grid and key, from the headers alone; no pixels yet.
+    def layouts(self, shown: Ordered[Image | Video], max_megapixels: float) -> list[ImageInput]:
+        """What images and videos will be to the prompt: tokens, grid and key, from the headers alone; no pixels yet.
 
-        Raises InvalidImage, for one over the limit too: whether it is refused must not depend on what is cached.
+        Raises InvalidImage or InvalidVideo, for one over the limit too: whether it is refused must not depend on what
+        is cached.
         """
-        return [self._layout(image, max_megapixels) for image in images]
+        return [self._layout(one, max_megapixels) for one in shown]
 
-    def image_input(self, image: Image, max_megapixels: float) -> ImageInput:
-        """Decode an image file for the tower. Raises InvalidImage."""
-        pixels = decode_image(image.data, max_megapixels=max_megapixels)
-        return self._processor.process(pixels, image.data, image.detail)
+    def image_input(self, shown: Image | Video, max_megapixels: float) -> ImageInput:
+        """Decode an image or a video for the tower. Raises InvalidImage or InvalidVideo."""
+        if isinstance(shown, Video):
+            return self._video_processor.process(_read_video(shown, max_megapixels))
+        pixels = decode_image(shown.data, max_megapixels=max_megapixels)
+        return self._processor.process(pixels, shown.data, shown.detail)
 
-    def _layout(self, image: Image, max_megapixels: float) -> ImageInput:
-        size = image_size(image.data, max_megapixels=max_megapixels)
-        tokens, grid = self._processor.count(*size, image.detail)
-        return ImageInput(_NO_PIXELS, grid, tokens, self._processor.key(image.data, image.detail))
+    def _layout(self, shown: Image | Video, max_megapixels: float) -> ImageInput:
+        if isinstance(shown, Video):
+            return self._video_processor.layout(_read_video(shown, max_megapixels))
+        size = image_size(shown.data, max_megapixels=max_megapixels)
+        tokens, grid = self._processor.count(*size, shown.detail)
+        return ImageInput(_NO_PIXELS, grid, tokens, self._processor.key(shown.data, shown.detail))
 
     @property
     def _processor(self) -> DetailedProcessor:
         if self.images is None:
             raise InvalidRequest(f"{self.name} reads text only; choose a model with vision, or leave the image out")
         return self.images
+
+    @property
+    def _video_processor(self) -> QwenVideoProcessor:
+        if self.videos is None:
+            reads = "text" if self.images is None else "text and images"
+            raise InvalidRequest(f"{self.name} reads {reads} only; choose a model with video, or leave the video out")
+        return self.videos
+
+
+def _read_video(video: Video, max_megapixels: float) -> VideoFile:
+    from engine.preprocess.video_file import read_video  # FFmpeg, which an engine without videos has no need of
+
+    return read_video(video.data, max_megapixels=max_megapixels)
 
 
 def load_model(
@@ -104,6 +135,7 @@ def load_model(
     spec = artifact.spec
     prompts = PromptBuilder(checkpoint.folder, spec)
     images = image_processor(checkpoint.folder, spec) if spec.vision else None
+    videos = video_processor(checkpoint.folder, spec, max_tokens=config.max_video_tokens)
     # last: what fails before it leaves nothing on a device
     replicas = _open_replicas(name, artifact, config, loops, open_cuda)
     return Model(
@@ -113,6 +145,7 @@ def load_model(
         prompts=prompts,
         grammars=Grammars(prompts.tokenizer, spec.decoder.vocab, spec.tokens.eos),
         images=images,
+        videos=videos,
         replicas=tuple(zip(replicas, loops, strict=True)),
         context_length=min(replica.context_length for replica in replicas),
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.errors import InvalidParameter, InvalidRequest
+from engine.errors import InvalidParameter, InvalidRequest, InvalidVideo
 
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length"]
 Detail = Literal["low", "high"]  # of an image: fewer tokens where the model's processor has a choice, or all it makes
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 MAX_TOOLS = 256
+MAX_VIDEO_MIB = 256  # of a file; Dify takes 100 unless it is told otherwise
 MAX_STOP_WORDS = 16
 MAX_SEED = 2**63 - 1
 
@@ -39,7 +41,25 @@ class ImageUrl:
     detail: Detail = "high"
 
 
-Part = Text | Image | ImageUrl
+@dataclass(frozen=True, slots=True)
+class Video:
+    """An encoded video file (MP4, WebM, ...), not frames. Raises InvalidVideo on construction for one too large."""
+
+    data: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.data) > MAX_VIDEO_MIB << 20:
+            raise InvalidVideo(f"the video is {len(self.data) >> 20} MiB; the limit is {MAX_VIDEO_MIB} MiB: cut it")
+
+
+@dataclass(frozen=True, slots=True)
+class VideoUrl:
+    """A video that the engine fetches first. No message quotes the URL's query."""
+
+    url: str = field(repr=False)
+
+
+Part = Text | Image | ImageUrl | Video | VideoUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +235,24 @@ class Request:
         return self.enable_thinking if self.sampling.schema is None else False
 
     @property
-    def images(self) -> tuple[Image, ...]:
-        """All images in reading order."""
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+    def shown(self) -> tuple[Image | Video, ...]:
+        """All images and videos in reading order."""
+        return shown(self.messages)
 
     @property
-    def image_urls(self) -> tuple[ImageUrl, ...]:
-        """The images that are still to be fetched, in reading order."""
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, ImageUrl))
+    def has_videos(self) -> bool:
+        return any(isinstance(part, Video | VideoUrl) for message in self.messages for part in message.parts)
+
+    @property
+    def urls(self) -> tuple[ImageUrl | VideoUrl, ...]:
+        """The images and videos that are still to be fetched, in reading order."""
+        parts = (part for message in self.messages for part in message.parts)
+        return tuple(part for part in parts if isinstance(part, ImageUrl | VideoUrl))
+
+
+def shown(messages: Iterable[Message]) -> tuple[Image | Video, ...]:
+    """All images and videos in reading order."""
+    return tuple(part for message in messages for part in message.parts if isinstance(part, Image | Video))
 
 
 def _has_content(part: Part) -> bool:

@@ -192,6 +192,8 @@ class QwenVisionSpec:
     full_attention: tuple[int, ...] = ()  # layers in which the whole image attends to itself in spite of `window`
     position_side: int = 0  # side of the square of learned positions; 0: none
     deepstack: tuple[int, ...] = ()  # layers whose outputs go to the decoder's layers 0, 1, ...
+    timestamps: bool = False  # in a prompt each temporal patch of a video stands apart, behind the second it is from
+    positions_per_second: int = 0  # of a video on the temporal axis; 0: one for each temporal patch
 
     def is_windowed(self, layer: int) -> bool:
         return self.window > 0 and layer not in self.full_attention
@@ -199,7 +201,8 @@ class QwenVisionSpec:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Special tokens. `eos` ends a sequence (any of them); image tokens are None for text-only models.
+    """Special tokens. `eos` ends a sequence (any of them); image tokens are None for text-only models, `video` for
+    models that read no videos.
 
     `image_start` and `image_end` are there where they stand around an image's tokens and the chat template writes
     the former for an image, instead of `image`.
@@ -210,6 +213,7 @@ class TokenIds:
     image: int | None = None
     image_start: int | None = None
     image_end: int | None = None
+    video: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The message format between the protocol process and the engine's process.
 
 A frame is a little-endian 32-bit length and that many bytes of MessagePack: an array whose first item is a `Kind`.
-Images travel as raw bytes. Both ends come from the same folder, so a version that differs means that files changed
-under a running process: it is an error, never a negotiation.
+Images and videos travel as raw bytes. Both ends come from the same folder, so a version that differs means that files
+changed under a running process: it is an error, never a negotiation.
 
     client -> host   Hello, then any of Submit, Cancel, Count, StatusQuery, Pull, Close
     host -> client   Ready once, then Replies: everything that happened since the last frame, for all requests
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from enum import IntEnum
+from operator import attrgetter
 from typing import IO, Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -35,15 +36,17 @@ from engine.request import (
     Tool,
     ToolCall,
     Usage,
+    Video,
+    VideoUrl,
 )
 
-VERSION = 3
-MAX_FRAME_BYTES = 512 << 20
-_IMAGE = "image"
-_IMAGE_URL = "image_url"
+VERSION, MAX_FRAME_BYTES = 4, 512 << 20
+_NAMES = {Image: "image", ImageUrl: "image_url", Video: "video", VideoUrl: "video_url"}
 CONNECTION = 0  # the number that stands for the connection, not for a request
 
 _LENGTH = struct.Struct("<I")
+_USAGE = attrgetter(*(field.name for field in fields(Usage)))
+_TIMINGS = attrgetter(*(field.name for field in fields(Timings)))
 
 
 class ProtocolError(Exception):
@@ -165,6 +168,8 @@ def merge_chunks(replies: Iterable[Reply]) -> list[Reply]:
 
 
 def _joined(chunks: list[Chunk]) -> Chunk:
+    if len(chunks) == 1:
+        return chunks[0]
     calls = tuple(call for chunk in chunks for call in chunk.tool_calls)
     return Chunk("".join([chunk.text for chunk in chunks]), sum(chunk.tokens for chunk in chunks), calls)
 
@@ -275,16 +280,14 @@ def _plain_tools(tools: tuple[Tool, ...]) -> list[list[str]]:
 
 
 def _part_to_plain(part: Part) -> Any:
-    """A text becomes a string, an image bytes, an image to be fetched or of low detail an array."""
+    """A text becomes a string, an image bytes; one to be fetched or of low detail an array, as are videos."""
     match part:
         case Text(text):
             return text
         case Image(data, "high"):
             return data
-        case Image(data, detail):
-            return [_IMAGE, data, detail]
-        case ImageUrl(url, detail):
-            return [_IMAGE_URL, url, detail]
+        case _:
+            return [_NAMES[type(part)], *astuple(part)]
 
 
 def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
@@ -293,8 +296,8 @@ def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
         case Chunk(text, tokens):
             return [Kind.CHUNK, number, text, int(tokens), *_plain_calls(reply)]
         case Finished(reason, usage, timings, from_cache):
-            counts = [int(count) for count in asdict(usage).values()]
-            seconds = [float(value) for value in asdict(timings).values()]
+            counts = [int(count) for count in _USAGE(usage)]
+            seconds = [float(value) for value in _TIMINGS(timings)]
             return [Kind.FINISHED, number, reason, counts, seconds, bool(from_cache)]
         case EngineError():
             return [Kind.ERROR, number, reply.code, str(reply)]
@@ -372,11 +375,15 @@ def _part(plain: Any) -> Part:
             return Text(text)
         case bytes(data):
             return Image(data)
-        case [str(kind), bytes(data), "low" | "high" as detail] if kind == _IMAGE:
+        case ["image", bytes(data), "low" | "high" as detail]:
             return Image(data, detail)
-        case [str(kind), str(url), "low" | "high" as detail] if kind == _IMAGE_URL:
+        case ["image_url", str(url), "low" | "high" as detail]:
             return ImageUrl(url, detail)
-    raise InvalidRequest(f"the request is malformed: a part must be text or an image, not {type(plain).__name__}")
+        case ["video", bytes(data)]:
+            return Video(data)
+        case ["video_url", str(url)]:
+            return VideoUrl(url)
+    raise InvalidRequest(f"the request is malformed: a part must be text, image or video, not {type(plain).__name__}")
 
 
 def _require_version(version: Any) -> None:

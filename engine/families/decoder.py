@@ -70,7 +70,9 @@ def read_decoder(text: Section, defaults: DecoderDefaults, *, tied: bool) -> Dec
     )
 
 
-def read_tokens(config: CheckpointConfig, *sections: Section, image: int | None = None) -> TokenIds:
+def read_tokens(
+    config: CheckpointConfig, *sections: Section, image: int | None = None, video: int | None = None
+) -> TokenIds:
     """generation_config.json wins over config.json, whose first section that names a token wins over the next."""
     places = (Section(config.generation), *sections)
     eos = next((place.get("eos_token_id") for place in places if "eos_token_id" in place), ())
@@ -78,7 +80,7 @@ def read_tokens(config: CheckpointConfig, *sections: Section, image: int | None 
     if not all(isinstance(token, int) for token in eos):
         raise places[0].fail("eos_token_id", "an integer or a list of them")
     pad = next((place.get("pad_token_id") for place in places if "pad_token_id" in place), eos[0] if eos else 0)
-    return TokenIds(eos=eos, pad=int(pad), image=image)
+    return TokenIds(eos=eos, pad=int(pad), image=image, video=video)
 
 
 def decoder_weights(spec: DecoderSpec, *, norm_offset: float = 0.0) -> tuple[Weight, ...]:

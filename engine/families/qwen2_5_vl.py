@@ -24,7 +24,13 @@ def _spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="qwen2_5_vl",
         decoder=decoder,
-        tokens=read_tokens(config, model, text, image=model.integer("image_token_id", 151655)),
+        tokens=read_tokens(
+            config,
+            model,
+            text,
+            image=model.integer("image_token_id", 151655),
+            video=model.integer("video_token_id", 151656),
+        ),
         vision=_vision(model.section("vision_config"), config, decoder),
     )
 
@@ -48,6 +54,7 @@ def _vision(vision: Section, config: CheckpointConfig, decoder: DecoderSpec) -> 
         norm=read_norm(config.preprocessor, qwen2_vl.NORM),
         window=window * merge,
         full_attention=vision.integers("fullatt_block_indexes", (7, 15, 23, 31)),
+        positions_per_second=vision.integer("tokens_per_second", 4),
     )
     qwen2_vl.check_tower(vision, "hidden_size", spec, decoder)
     return spec

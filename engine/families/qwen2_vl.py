@@ -39,7 +39,13 @@ def _spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="qwen2_vl",
         decoder=read_decoder(text, DECODER, tied=tied),
-        tokens=read_tokens(config, model, text, image=model.integer("image_token_id", 151655)),
+        tokens=read_tokens(
+            config,
+            model,
+            text,
+            image=model.integer("image_token_id", 151655),
+            video=model.integer("video_token_id", 151656),
+        ),
         vision=_vision(model.section("vision_config"), config),
     )
 

@@ -40,7 +40,13 @@ def _spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="qwen3_5",
         decoder=decoder,
-        tokens=read_tokens(config, model, text, image=model.integer("image_token_id", 248056)),
+        tokens=read_tokens(
+            config,
+            model,
+            text,
+            image=model.integer("image_token_id", 248056),
+            video=model.integer("video_token_id", 248057),
+        ),
         vision=read_tower(model.section("vision_config"), config, decoder, deepstack=()),
     )
 

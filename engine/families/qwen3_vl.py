@@ -32,7 +32,13 @@ def _spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="qwen3_vl",
         decoder=dataclasses.replace(decoder, deepstack=len(vision.deepstack)),
-        tokens=read_tokens(config, model, text, image=model.integer("image_token_id", 151655)),
+        tokens=read_tokens(
+            config,
+            model,
+            text,
+            image=model.integer("image_token_id", 151655),
+            video=model.integer("video_token_id", 151656),
+        ),
         vision=vision,
     )
 
@@ -56,6 +62,7 @@ def read_tower(
         norm=read_norm(config.preprocessor, qwen2_vl.NORM),
         position_side=math.isqrt(positions),
         deepstack=vision.integers("deepstack_visual_indexes", deepstack),
+        timestamps=True,
     )
     if spec.position_side**2 != positions:
         raise vision.fail("num_position_embeddings", "the square of an integer")

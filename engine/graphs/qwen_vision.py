@@ -25,14 +25,14 @@ class LearnedPositions:
 def qwen_vision_graph(
     dialect: TowerDialect, spec: QwenVisionSpec, patches: ir.Value, positions: LearnedPositions | None = None
 ) -> ir.Value:
-    """uint8 [N, 3 * patch * patch], grouped by `merge`, to [N / merge**2, feature_width of the decoder].
+    """uint8 [N, 3, frames, patch * patch], grouped by `merge`, to [N / merge**2, feature_width of the decoder].
 
-    A still image stands in every frame of a temporal patch. `positions` are there if `spec.position_side` is.
+    Of a temporal patch's frames all are given, or one, a still image, which stands in each. `positions` are there if
+    `spec.position_side` is.
     """
     builder = dialect.builder
-    pixels = normalise(dialect, patches, spec.norm, spec.patch**2)
-    frame = builder.reshape(pixels, -1, 3, spec.patch**2)
-    frames = builder.op("Concat", *(frame,) * spec.temporal_patch, axis=2)
+    pixels = normalise(dialect, patches, spec.norm, (1, 1))
+    frames = builder.op("Expand", pixels, builder.constant([1, 1, spec.temporal_patch, 1], np.int64))
     x = dialect.linear(builder.reshape(frames, -1, 3 * spec.temporal_patch * spec.patch**2), "vision.patch")
     if positions is not None:
         x = builder.op("Add", x, _interpolated(dialect, positions))

@@ -21,7 +21,7 @@ def siglip_graph(dialect: TowerDialect, spec: SiglipSpec, pixels: ir.Value) -> i
     patches = builder.reshape(pixels, -1, 3, side, patch, side, patch)
     patches = builder.op("Transpose", patches, perm=[0, 2, 4, 1, 3, 5])
     patches = builder.reshape(patches, -1, 3 * patch * patch)
-    x = dialect.linear(normalise(dialect, patches, spec.norm, patch * patch), "vision.patch")
+    x = dialect.linear(normalise(dialect, patches, spec.norm, (patch * patch,)), "vision.patch")
     # In order. The reference finds the same places by rounding fractions, which for some sides that no released
     # checkpoint has (19, 25, 29, ...) puts a patch into its neighbour's place.
     x = builder.op("Add", builder.reshape(x, -1, side * side, spec.hidden), dialect.weight("vision.position.weight"))

@@ -11,11 +11,14 @@ from engine.graphs.dialect import TowerDialect
 from engine.spec import PixelNorm, QwenVisionSpec, SiglipSpec
 
 
-def normalise(dialect: TowerDialect, pixels: ir.Value, norm: PixelNorm, per_channel: int) -> ir.Value:
-    """uint8 [T, 3 * per_channel], channel by channel, to what the tower was trained on."""
+def normalise(dialect: TowerDialect, pixels: ir.Value, norm: PixelNorm, channel: tuple[int, ...]) -> ir.Value:
+    """uint8 [T, 3 * n], each channel of shape `channel` = (n,), to what the tower was trained on.
+
+    Where `channel` has several axes, they are behind that of the channels: [T, 3, *channel].
+    """
     builder = dialect.builder
-    std = np.repeat(np.asarray(norm.std, np.float64), per_channel)
-    mean = np.repeat(np.asarray(norm.mean, np.float64), per_channel)
+    values = np.array([norm.std, norm.mean], np.float64)
+    std, mean = values.repeat(channel[0], axis=1) if len(channel) == 1 else values.reshape(2, 3, *[1] * len(channel))
     scale = builder.table("vision.pixel_scale", (norm.rescale / std).astype(np.float32))
     shift = builder.table("vision.pixel_shift", (-mean / std).astype(np.float32))
     pixels = builder.op("Cast", pixels, to=int(ir.DataType.FLOAT))

@@ -1,4 +1,4 @@
-"""An image as the vision tower takes it."""
+"""An image, or a video, as the vision tower takes it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ Grid = tuple[int, int, int]
 _PIXELS_VERSION = 1  # raise it when this package makes other pixels of a file; features on disk are found by it
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When the temporal patches of a video are, in seconds: each, and how far they are apart on average."""
+
+    seconds: tuple[float, ...]
+    interval: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageInput:
     """Pixels neither rescaled nor normalised: the graph does both.
@@ -27,8 +35,9 @@ class ImageInput:
     | smolvlm  | [tiles, 3, side, side]: row-major, global last | (1, rows, columns); rows = columns = 0 when unsplit |
     | gemma3   | [1, 3, side, side]                         | (1, 0, 0)                                        |
     | qwen2_vl | [3, height, width]                         | (1, patches down, patches across)                |
+    | a video  | [frames, 3, height, width]                 | (temporal patches, patches down, patches across) |
 
-    `tokens` is the number of placeholder tokens the image fills. `key` (32 bytes) names image file, processor settings
+    `tokens` is the number of placeholder tokens the image fills. `key` (32 bytes) names the file, processor settings
     and kind; two inputs of one key have the same pixels.
     """
 
@@ -36,6 +45,7 @@ class ImageInput:
     grid: Grid
     tokens: int
     key: bytes
+    timing: Timing | None = None  # of a video
 
 
 class ImageProcessor(Protocol):

@@ -24,9 +24,9 @@ class Qwen2VLProcessor:
 
     def __init__(self, settings: Settings, spec: QwenVisionSpec) -> None:
         self._patch, self._merge, self._temporal = spec.patch, spec.merge, spec.temporal_patch
-        _require_equal(settings, "patch_size", 14, spec.patch)
-        _require_equal(settings, "merge_size", 2, spec.merge)
-        _require_equal(settings, "temporal_patch_size", 2, spec.temporal_patch)
+        require_equal(settings, "patch_size", 14, spec.patch)
+        require_equal(settings, "merge_size", 2, spec.merge)
+        require_equal(settings, "temporal_patch_size", 2, spec.temporal_patch)
         if not settings.boolean("do_resize", True):
             raise settings.fail("do_resize", "true: the tower takes whole patches only")
         self._resample = Image.Resampling(settings.resample(Image.Resampling.BICUBIC))
@@ -69,7 +69,7 @@ class Qwen2VLProcessor:
         return columns * factor, rows * factor
 
 
-def _require_equal(settings: Settings, name: str, default: int, expected: int) -> None:
+def require_equal(settings: Settings, name: str, default: int, expected: int) -> None:
     value = settings.integer(name, default)
     if value != expected:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from engine.errors import CheckpointError
 
 _NESTED = "processor_config.json"
 _FLAT = "preprocessor_config.json"
+_VIDEO = "video_preprocessor_config.json"
 
 
 class Settings:
@@ -30,6 +32,14 @@ class Settings:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.fail(name, "a positive integer")
         return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.fail(name, "a positive number")
+        return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self.values.get(name)
@@ -69,6 +79,20 @@ def read_settings(folder: Path) -> Settings:
             f"{folder} has neither {_FLAT} nor an image_processor in {_NESTED}; copy it from the model's home"
         )
     return Settings(flat, f"{folder.name}/{_FLAT}")
+
+
+def read_video_settings(folder: Path) -> Settings:
+    """The section `video_processor` of processor_config.json, else the first file of two (transformers' order).
+
+    Checkpoints from before there were video processors have preprocessor_config.json alone, for images and videos.
+    """
+    nested = _read_json(folder / _NESTED)
+    if nested is not None and "video_processor" in nested:
+        return Settings(nested, f"{folder.name}/{_NESTED}").section("video_processor", {})
+    for name in (_VIDEO, _FLAT):
+        if (flat := _read_json(folder / name)) is not None:
+            return Settings(flat, f"{folder.name}/{name}")
+    return Settings({}, f"{folder.name}/{_VIDEO}")
 
 
 def _read_json(path: Path) -> Mapping[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, ContextOverflow, InvalidRequest
-from engine.preprocess import ImageInput, image_processor
+from engine.preprocess import ImageInput, Timing
 from engine.prompts.answer import AnswerReader
 from engine.prompts.detokenize import Detokenizer
-from engine.prompts.placeholders import ImageWords, placeholder
-from engine.prompts.positions import Grid, mrope_positions, text_positions
+from engine.prompts.placeholders import ImageWords, placeholder, video_placeholder
+from engine.prompts.positions import Block, mrope_positions, text_positions
 from engine.prompts.prompt import ImageSpan, Prompt
 from engine.prompts.reasoning import opens
-from engine.prompts.template import ChatTemplate, count_images
+from engine.prompts.template import ChatTemplate
 from engine.prompts.tokenizer import Tokenizer, special_tokens
 from engine.prompts.tool_calls import ToolCallReader
-from engine.request import Image, Message, Part, Text, Tool
+from engine.request import Image, Message, Part, Text, Tool, Video, shown
 from engine.spec import ModelSpec, QwenVisionSpec
 
 # Unicode noncharacters: never text (Unicode 16, 23.7), so one that a request does not contain is always found.
@@ -44,8 +45,10 @@ class PromptBuilder:
         self.tokenizer = Tokenizer.load(folder)
         self._spec = spec
         self._template = ChatTemplate(folder, has_images=spec.vision is not None)
-        self._images = image_processor(folder, spec) if spec.vision else None
         self._words = self._find_image_words(folder)
+        self._video_word = self._find_video_word()
+        tokens = (spec.tokens.image, spec.tokens.video) if spec.vision else ()
+        self._shown_tokens = [token for token in tokens if token is not None]
         self._bos = special_tokens(folder).get("bos_token")
         self._prefix = self.tokenizer.prefix() if spec.vision else []
 
@@ -57,19 +60,20 @@ class PromptBuilder:
         tools: Sequence[Tool] = (),
         thinking: bool | None = None,
     ) -> Prompt:
-        """`images` are those of the messages, in order; `thinking` as in ChatTemplate.render. Raises InvalidRequest."""
-        layouts = [(image.tokens, image.grid) for image in images]
-        ids, runs, opens_thinking = self._encode(messages, layouts, tools, thinking)
-        is_image = ids == self._spec.tokens.image if self._images else np.zeros(len(ids), bool)
+        """`images` are images and videos of the messages, in order; `thinking` as in ChatTemplate.render.
+
+        Raises InvalidRequest.
+        """
+        ids, runs, opens_thinking = self._encode(messages, images, tools, thinking)
+        is_image = np.isin(ids, self._shown_tokens)
         repeats = np.ones(len(ids), np.int64)
         repeats[is_image] = list(itertools.chain(*runs))
         starts = np.cumsum(repeats) - repeats
         ends = iter(zip(starts[is_image].tolist(), repeats[is_image].tolist(), strict=True))
-        spans = tuple(
-            _span(list(itertools.islice(ends, len(run))), image.key) for run, image in zip(runs, images, strict=True)
-        )
+        pieces = [list(itertools.islice(ends, len(run))) for run in runs]  # (start, length) of each image's
+        spans = tuple(_span(piece, image.key) for piece, image in zip(pieces, images, strict=True))
         token_ids, is_image = np.repeat(ids, repeats), np.repeat(is_image, repeats)
-        positions, delta = self._positions(len(token_ids), spans, images)
+        positions, delta = self._positions(len(token_ids), pieces, images)
         return Prompt(
             token_ids=token_ids,
             feature_index=np.where(is_image, np.cumsum(is_image) - 1, -1),
@@ -81,17 +85,9 @@ class PromptBuilder:
             opens_thinking=opens_thinking,
         )
 
-    def count(
-        self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]], tools: Sequence[Tool] = ()
-    ) -> int:
-        """Tokens of the prompt; `image_sizes` are (width, height) in pixels. Raises InvalidRequest."""
-        if image_sizes and self._images is None:
-            raise InvalidRequest(_TEXT_ONLY)
-        details = [part.detail for message in messages for part in message.parts if isinstance(part, Image)]
-        details += ["high"] * (len(image_sizes) - len(details))  # too many are refused below
-        sizes = zip(image_sizes, details, strict=False)
-        layouts = [self._images.count(*size, detail) for size, detail in sizes] if self._images else []
-        ids, runs, _ = self._encode(messages, layouts, tools)
+    def count(self, messages: Sequence[Message], images: Sequence[ImageInput], tools: Sequence[Tool] = ()) -> int:
+        """Tokens of the prompt that `build` would make. Raises InvalidRequest."""
+        ids, runs, _ = self._encode(messages, images, tools)
         return len(ids) + sum(repeat - 1 for run in runs for repeat in run)
 
     def detokenizer(self) -> Detokenizer:
@@ -107,16 +103,18 @@ class PromptBuilder:
     def _encode(
         self,
         messages: Sequence[Message],
-        layouts: Sequence[tuple[int, Grid]],
+        images: Sequence[ImageInput],
         tools: Sequence[Tool] = (),
         thinking: bool | None = None,
     ) -> tuple[NDArray[np.int64], list[list[int]], bool]:
         """Token ids with each run of image tokens as one, for each image the lengths of its runs, `opens_thinking`."""
-        shown = count_images(messages)
-        if shown and self._images is None:
+        parts = shown(messages)
+        if (parts or images) and self._words is None:
             raise InvalidRequest(_TEXT_ONLY)
-        if shown != len(layouts):
-            raise InvalidRequest(f"the messages show {shown} images, but {len(layouts)} were given")
+        if any(isinstance(part, Video) for part in parts) and self._video_word is None:
+            raise InvalidRequest(NO_VIDEOS)
+        if [isinstance(part, Video) for part in parts] != [image.timing is not None for image in images]:
+            raise InvalidRequest(f"the messages show {len(parts)} images, but {len(images)} were given")
         said = list(_texts(messages, tools))
         self._refuse_hopeless(said)
         mark = _unused_mark(said)
@@ -129,12 +127,12 @@ class PromptBuilder:
             ],
             thinking,
         )
-        text, runs = self._place_images(rendered, layouts)
+        text, runs = self._place_images(rendered, images)
         pieces = [self.tokenizer.encode(piece) for piece in text.split(mark)]
         prefix = [] if self._bos and rendered.startswith(self._bos) else self._prefix
         ids = np.array([*prefix, *itertools.chain(*pieces)], np.int64)
         expected = sum(map(len, runs))
-        if self._images and int((ids == self._spec.tokens.image).sum()) != expected:
+        if int(np.isin(ids, self._shown_tokens).sum()) != expected:
             raise InvalidRequest("a message contains a spelling of the model's image token; remove it")
         return ids, runs, opens(rendered)
 
@@ -151,17 +149,25 @@ class PromptBuilder:
                 " Shorten the prompt"
             )
 
-    def _place_images(self, rendered: str, layouts: Sequence[tuple[int, Grid]]) -> tuple[str, list[list[int]]]:
+    def _place_images(self, rendered: str, images: Sequence[ImageInput]) -> tuple[str, list[list[int]]]:
         if self._words is None:
             return rendered, []
-        texts = rendered.split(self._words.shown)
-        if len(texts) - 1 != len(layouts):
+        words = [word for word in (self._words.shown, self._video_word) if word]
+        texts = re.split("|".join(map(re.escape, words)), rendered)
+        if len(texts) - 1 != len(images):
             raise InvalidRequest(
-                f"this model's chat template shows {len(texts) - 1} of {len(layouts)} images; put them in user messages"
+                f"this model's chat template shows {len(texts) - 1} of {len(images)} images; put them in user messages"
             )
-        placed = [placeholder(self._spec, self._words, *layout) for layout in layouts]
+        placed = [self._placeholder(self._words, image) for image in images]
         joined = "".join(itertools.chain(*zip(texts, [text for text, _ in placed], strict=False))) + texts[-1]
         return joined, [runs for _, runs in placed]
+
+    def _placeholder(self, words: ImageWords, image: ImageInput) -> tuple[str, list[int]]:
+        if image.timing is None:
+            return placeholder(self._spec, words, image)
+        assert self._video_word is not None, "This is a bug: a video that this model cannot read."
+        assert isinstance(self._spec.vision, QwenVisionSpec)
+        return video_placeholder(self._spec.vision, self._video_word, image)
 
     def _cut_control(self, message: Message, mark: str) -> Message:
         """Put the mark inside every spelling of a special token, also of one spread over neighbouring texts."""
@@ -186,17 +192,20 @@ class PromptBuilder:
         return mark.join(_cut(text, [start + 1 for start in starts])) if starts else text
 
     def _positions(
-        self, length: int, spans: Sequence[ImageSpan], images: Sequence[ImageInput]
+        self, length: int, pieces: Sequence[Sequence[tuple[int, int]]], images: Sequence[ImageInput]
     ) -> tuple[NDArray[np.int64], int]:
-        axes = self._spec.decoder.rope.axes
-        if axes == 1 or not isinstance(self._spec.vision, QwenVisionSpec):
+        axes, vision = self._spec.decoder.rope.axes, self._spec.vision
+        if axes == 1 or not isinstance(vision, QwenVisionSpec):
             return text_positions(length, axes), 0
-        merge = self._spec.vision.merge
-        grids = [(image.grid[0], image.grid[1] // merge, image.grid[2] // merge) for image in images]
-        return mrope_positions(length, [span.start for span in spans], grids)
+        blocks = []
+        for piece, image in zip(pieces, images, strict=True):
+            frames, rows, columns = image.grid
+            grid = (frames // len(piece), rows // vision.merge, columns // vision.merge)
+            blocks += [Block(start, grid, _temporal_step(vision, image.timing)) for start, _ in piece]
+        return mrope_positions(length, blocks)
 
     def _find_image_words(self, folder: Path) -> ImageWords | None:
-        if self._images is None:
+        if self._spec.vision is None:
             return None
         tokens = self._spec.tokens
         around = (tokens.image_start, tokens.image_end)
@@ -208,6 +217,14 @@ class PromptBuilder:
             raise CheckpointError(f"the chat template in {folder} writes {words.shown} {shown} times for one image")
         return words
 
+    def _find_video_word(self) -> str | None:
+        """None for a model that cannot be shown videos, because of its family or of its chat template."""
+        token = self._spec.tokens.video
+        word = None if token is None else self.tokenizer.token(token)
+        if token is None or word is None or not self.tokenizer.is_special(token) or not self._template.shows_videos:
+            return None
+        return word if self._template.render([Message("user", (Video(b""), Text("?")))]).count(word) == 1 else None
+
     def _special(self, token: int | None, folder: Path) -> str:
         text = None if token is None else self.tokenizer.token(token)
         if token is None or text is None or not self.tokenizer.is_special(token):
@@ -217,12 +234,20 @@ class PromptBuilder:
         return text
 
 
+NO_VIDEOS = "this model reads no videos; remove the video, or choose a model with video"
 _TEXT_ONLY = "this model reads text only; remove the images or choose a model with vision"
 
 
 def _span(runs: list[tuple[int, int]], key: bytes) -> ImageSpan:
     """From the first run's start to the last run's end, of (start, length) runs."""
     return ImageSpan(runs[0][0], runs[-1][0] + runs[-1][1], key)
+
+
+def _temporal_step(spec: QwenVisionSpec, timing: Timing | None) -> int:
+    """How far the frames of a video are apart: as Qwen2.5-VL counts, in whole seconds of float32."""
+    if timing is None or not spec.positions_per_second:
+        return 1
+    return spec.positions_per_second * int(np.float32(timing.interval))
 
 
 def _texts(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from engine.errors import CheckpointError, InvalidParameter, InvalidRequest
 from engine.prompts.reasoning import CLOSING, OPENING, closed, without_earlier
 from engine.prompts.tokenizer import read_json, special_tokens
 from engine.prompts.tool_calls import END, START, ToolFormat
-from engine.request import Image, Message, Role, Text, Tool, ToolCall
+from engine.request import Message, Part, Role, Text, Tool, ToolCall, Video
 
 _PROBE = "tessera"
 # What templates raise: their own errors, and Python's from expressions on values they did not expect.
@@ -99,7 +99,17 @@ class ChatTemplate:
         if not self._has_images or (message.tool_calls and not message.parts):
             return "".join(part.text for part in message.parts if isinstance(part, Text))
         parts = message.parts or (Text(""),)  # templates look at the first part
-        return [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in parts]
+        return [_plain_part(part) for part in parts]
+
+    @property
+    def shows_videos(self) -> bool:
+        question = Text(_PROBE)
+        try:
+            return self._render([Message("user", (Video(b""), question))]) != self._render(
+                [Message("user", (question,))]
+            )
+        except _RENDER_ERRORS:
+            return False
 
     def _probe_system(self) -> bool:
         """Some templates raise for a system message, some leave it out."""
@@ -123,6 +133,12 @@ class ChatTemplate:
         if f"<function={name}>" in called:
             return "xml"
         return "json" if f'"{name}"' in called else None
+
+
+def _plain_part(part: Part) -> dict[str, str]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": "video" if isinstance(part, Video) else "image"}
 
 
 def _plain_tool(tool: Tool) -> dict[str, Any]:
@@ -217,7 +233,3 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def count_images(messages: Sequence[Message]) -> int:
-    return sum(isinstance(part, Image) for message in messages for part in message.parts)

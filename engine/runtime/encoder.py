@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,14 @@ from numpy.typing import NDArray
 from engine.checkpoints.artifact import Artifact
 from engine.graphs.cpu import TowerInputs, cpu_tower
 from engine.runtime.session import open_session, run
-from engine.runtime.vision_layout import cut_patches, padded_windows, position_taps, vision_rotary
+from engine.runtime.vision_layout import (
+    Picture,
+    cut_patches,
+    padded_windows,
+    position_taps,
+    split_frames,
+    vision_rotary,
+)
 from engine.spec import QwenVisionSpec, SiglipSpec
 
 # Activations of one call stay below a few hundred MiB for towers of a thousand dimensions; one image may exceed it.
@@ -25,7 +33,7 @@ class TowerInput(Protocol):
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """SigLIP [tiles, 3, side, side], Qwen2-VL [3, height, width]."""
+        """SigLIP [tiles, 3, side, side], Qwen2-VL [3, height, width], a video [frames, 3, height, width]."""
         ...
 
     @property
@@ -49,8 +57,8 @@ class Encoder:
     def encode(self, images: Sequence[TowerInput]) -> list[NDArray[np.float32]]:
         """One [tokens, feature_width] per image; as few calls as PATCHES_PER_CALL allows.
 
-        SigLIP takes the tiles of all images together; Qwen2-VL's images share a call when they have the same grid
-        (on a CPU, padding images of several sizes to one costs more than a call saves).
+        SigLIP takes the tiles of all images together; Qwen2-VL's images share a call when they have the same size
+        (on a CPU, padding images of several sizes to one costs more than a call saves), as a video's frames do.
         """
         if isinstance(self._spec, SiglipSpec):
             return self._encode_tiles(self._spec, images)
@@ -68,38 +76,45 @@ class Encoder:
         return np.split(np.concatenate(calls), ends[:-1])
 
     def _encode_grids(self, spec: QwenVisionSpec, images: Sequence[TowerInput]) -> list[NDArray[np.float32]]:
-        features: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(images)
-        for grid, members in _same_grid(images):
-            frames, height, width = grid
+        pictures = [split_frames(image.pixels, image.grid) for image in images]
+        flat = [picture for parts in pictures for picture in parts]
+        features: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(flat)
+        for members in _alike(flat):
+            height, width = flat[members[0]].height, flat[members[0]].width
             cosine, sine = vision_rotary(spec, height, width)
             inputs: dict[str, NDArray[Any]] = {
-                TowerInputs.PIXELS: np.concatenate([cut_patches(spec, images[member].pixels) for member in members]),
-                TowerInputs.SHAPE: np.array([frames * len(members), height * width, -1]),
+                TowerInputs.PIXELS: np.concatenate([cut_patches(spec, flat[member].pixels) for member in members]),
+                TowerInputs.SHAPE: np.array([len(members), height * width, -1]),
                 TowerInputs.COSINE: cosine,
                 TowerInputs.SINE: sine,
             }
             if spec.position_side:
                 taps, weights = position_taps(spec, height, width)
-                inputs[TowerInputs.TAPS] = np.tile(taps, (1, frames * len(members)))
-                inputs[TowerInputs.TAP_WEIGHTS] = np.tile(weights, (1, frames * len(members), 1))
+                inputs[TowerInputs.TAPS] = np.tile(taps, (1, len(members)))
+                inputs[TowerInputs.TAP_WEIGHTS] = np.tile(weights, (1, len(members), 1))
             if spec.window:
                 names = (TowerInputs.WINDOWS, TowerInputs.WINDOW_MASK, TowerInputs.UNWINDOWED)
-                inputs |= zip(names, padded_windows(spec, height, width, frames * len(members)), strict=True)
-            rows = self._run(frames * height * width * len(members), inputs)
+                inputs |= zip(names, padded_windows(spec, height, width, len(members)), strict=True)
+            rows = self._run(height * width * len(members), inputs)
             for member, part in zip(members, np.split(rows, len(members)), strict=True):
                 features[member] = part
-        return features
+        parts = iter(features)
+        return [_joined(list(itertools.islice(parts, len(one)))) for one in pictures]
 
     def _run(self, patches: int, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         return run(self._session, inputs, TowerInputs.FEATURES, shrink=patches > _KEEP_PATCHES)
 
 
-def _same_grid(images: Sequence[TowerInput]) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
-    """Grids and the images that have them, cut into calls."""
+def _alike(pictures: Sequence[Picture]) -> Iterator[list[int]]:
+    """Pictures of one size, all still or all of videos, cut into calls."""
     groups: dict[tuple[int, int, int], list[int]] = {}
-    for number, image in enumerate(images):
-        groups.setdefault(image.grid, []).append(number)
-    for grid, members in groups.items():
-        per_call = max(1, PATCHES_PER_CALL // (grid[0] * grid[1] * grid[2]))
+    for number, picture in enumerate(pictures):
+        groups.setdefault((picture.frames, picture.height, picture.width), []).append(number)
+    for members in groups.values():
+        per_call = max(1, PATCHES_PER_CALL // pictures[members[0]].patches)
         for start in range(0, len(members), per_call):
-            yield grid, members[start : start + per_call]
+            yield members[start : start + per_call]
+
+
+def _joined(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

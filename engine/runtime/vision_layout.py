@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,38 @@ from engine.spec import QwenVisionSpec
 _ROTARY_BASE = 10000.0  # fixed in the reference implementation
 
 
-def cut_patches(spec: QwenVisionSpec, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[3, height, width] to [patches, 3 * patch**2], in the order in which the merger joins them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """What attends to itself: a still image, or a temporal patch of a video, whose patches attend to no other's.
+
+    `pixels` are [frames, 3, height, width], of a still image one frame.
+    """
+
+    pixels: NDArray[np.uint8] = field(repr=False)
+    height: int  # patches
+    width: int
+
+    @property
+    def patches(self) -> int:
+        return self.height * self.width
+
+    @property
+    def frames(self) -> int:
+        return len(self.pixels)
+
+
+def split_frames(pixels: NDArray[np.uint8], grid: tuple[int, int, int]) -> list[Picture]:
+    """An image [3, height, width], or a video [frames, 3, height, width] of `grid`."""
+    parts = np.split(pixels, grid[0]) if pixels.ndim == 4 else [pixels[None]]
+    return [Picture(part, *grid[1:]) for part in parts]
+
+
+def cut_patches(spec: QwenVisionSpec, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[frames, 3, height, width] to [patches, 3, frames, patch**2], in the order in which the merger joins them."""
     side, merge = spec.patch, spec.merge
-    rows, columns = (length // (merge * side) for length in pixels.shape[1:])
-    blocks = pixels.reshape(3, rows, merge, side, columns, merge, side)
-    return blocks.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3 * side**2)
+    rows, columns = (length // (merge * side) for length in frames.shape[2:])
+    blocks = frames.reshape(-1, 3, rows, merge, side, columns, merge, side)
+    return blocks.transpose(2, 5, 3, 6, 1, 0, 4, 7).reshape(-1, 3, len(frames), side**2)
 
 
 def vision_rotary(spec: QwenVisionSpec, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

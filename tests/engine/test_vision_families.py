@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,19 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
+from engine.request import Image, Message, Part, Request, SamplingParams, Text, Video
 from tests.engine.asking import ask, picture, request
 from tests.engine.conftest import Start, tiny_gemma3
+from tests.preprocess.films import Film, film
 from tests.prompts import checkpoints
 from tests.prompts.checkpoints import Reference, question
 from tests.runtime.models import randomise
@@ -44,8 +49,17 @@ class Tiny:
     def answer(self, files: list[bytes], text: str) -> str:
         """Greedy, TOKENS long."""
         pictures: list[Picture.Image] = [Picture.open(io.BytesIO(file)) for file in files]
-        given = self.reference.inputs([question(*pictures, text)], pictures)
-        inputs = {name: torch.tensor(value) for name, value in given.items()}
+        return self._answer(self.reference.inputs([question(*pictures, text)], pictures))
+
+    def answer_about(self, parts: Sequence[str | bytes | Film]) -> str:
+        """With videos among images and texts."""
+        shown = [Picture.open(io.BytesIO(part)) if isinstance(part, bytes) else part for part in parts]
+        pictures = [part for part in shown if isinstance(part, Picture.Image)]
+        films = [part for part in shown if isinstance(part, Film)]
+        return self._answer(self.reference.inputs([message(parts)], pictures, films))
+
+    def _answer(self, given: Any) -> str:
+        inputs = {name: torch.as_tensor(value) for name, value in given.items()}
         with torch.no_grad():
             out = self.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)  # type: ignore[operator]
         tokens = out[0, inputs["input_ids"].shape[1] :]
@@ -69,14 +83,36 @@ def _config(reference: Reference, config: Any, rope: dict[str, Any], tower: dict
         },
         vision_config={"depth": 3, "hidden_size": 72, "out_hidden_size": 64, "num_heads": 3} | tower,
         image_token_id=reference.spec.tokens.image,
+        video_token_id=reference.spec.tokens.video,
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
 
 
+def message(parts: Sequence[str | bytes | Film]) -> Message:
+    kinds: list[Part] = []
+    for part in parts:
+        match part:
+            case str():
+                kinds.append(Text(part))
+            case bytes():
+                kinds.append(Image(part))
+            case Film():
+                kinds.append(Video(part.file))
+    return Message("user", tuple(kinds))
+
+
+def qwen2_vl(folder: Path) -> Tiny:
+    reference = checkpoints.qwen2_vl(folder)
+    tower = {"embed_dim": 72, "hidden_size": 64, "mlp_ratio": 2}
+    config = _config(reference, Qwen2VLConfig, {"mrope_section": [2, 3, 3]}, tower)
+    return Tiny(reference, Qwen2VLForConditionalGeneration(config))  # type: ignore[no-untyped-call]
+
+
 def qwen2_5_vl(folder: Path) -> Tiny:
     reference = checkpoints.qwen2_vl(folder)
-    tower = {"intermediate_size": 60, "fullatt_block_indexes": [1]}
+    reference.processor.__class__ = Qwen2_5_VLProcessor  # of the same parts, and it says how long frames are apart
+    tower = {"intermediate_size": 60, "fullatt_block_indexes": [1], "tokens_per_second": 3}
     config = _config(reference, Qwen2_5_VLConfig, {"mrope_section": [2, 3, 3]}, tower)
     return Tiny(reference, Qwen2_5_VLForConditionalGeneration(config))  # type: ignore[no-untyped-call]
 
@@ -106,6 +142,7 @@ def gemma3(folder: Path) -> Tiny:
 
 
 MODELS: dict[str, Callable[[Path], Tiny]] = {
+    "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_5": qwen3_5,
@@ -118,11 +155,26 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+_MADE: dict[str, Tiny] = {}
+
+
+def make(name: str, storage: Path) -> Tiny:
+    if name not in _MADE:
+        made = _MADE[name] = MODELS[name](storage / "models" / name)
+        randomise(made.model).save_pretrained(made.reference.folder)
+    return _MADE[name]
+
+
+@pytest.fixture(
+    scope="module", params=[name for name in MODELS if name != "qwen2_vl"]
+)  # conftest's other tests have it
 def tiny(request: pytest.FixtureRequest, storage: Path) -> Tiny:
-    made = MODELS[request.param](storage / "models" / request.param)
-    randomise(made.model).save_pretrained(made.reference.folder)
-    return made
+    return make(request.param, storage)
+
+
+@pytest.fixture(scope="module", params=[name for name in MODELS if name.startswith("qwen")])
+def tiny_with_video(request: pytest.FixtureRequest, storage: Path) -> Tiny:
+    return make(request.param, storage)
 
 
 def test_answers_about_images_of_odd_sizes_are_transformers(tiny: Tiny, start: Start) -> None:
@@ -136,6 +188,33 @@ def test_answers_about_images_of_odd_sizes_are_transformers(tiny: Tiny, start: S
         engine = start(precision="fp32", prefill_chunk=chunk)
         for _ in range(3):  # the second time prefixes are there already, states of linear attention the third
             answers = [ask(engine, request(*files, text, **options)) for files, text in asked]
+            assert [answer.wait().text for answer in answers] == wanted
+        assert answers[-1].finished is not None
+        assert answers[-1].finished.usage.reused_tokens > 0
+
+
+def test_answers_about_videos_are_transformers(tiny_with_video: Tiny, start: Start) -> None:
+    """Alone, among images, two of them, in an odd number of frames, larger and smaller than they may be, and again."""
+    tiny, name = tiny_with_video, tiny_with_video.reference.folder.name
+    asked: list[list[str | bytes | Film]] = [
+        [film(40, (90, 64)), "What shape is in the image?"],
+        [
+            picture(1, (57, 131)),
+            film(13, (200, 122), fps=3, seed=1),
+            "again and",
+            picture(2),
+            film(5, (64, 150), fps=8),
+        ],
+        [film(90, (64, 48), fps=30, seed=2), "What?"],
+        [film(40, (90, 64)), "Answer in one word."],
+    ]
+    wanted = [tiny.answer_about(parts) for parts in asked]
+    assert len(set(wanted)) == len(wanted)
+    for chunk in (0, 40):
+        engine = start(precision="fp32", prefill_chunk=chunk)
+        for _ in range(3):
+            sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+            answers = [ask(engine, Request(name, (message(parts),), sampling)) for parts in asked]
             assert [answer.wait().text for answer in answers] == wanted
         assert answers[-1].finished is not None
         assert answers[-1].finished.usage.reused_tokens > 0

@@ -113,7 +113,7 @@ def test_siglip_fields_left_out_mean_what_transformers_means() -> None:
         patch=16,
         shuffle=theirs.scale_factor,
     )
-    assert spec.tokens.image == theirs.image_token_id
+    assert (spec.tokens.image, spec.tokens.video) == (theirs.image_token_id, None)
 
 
 def test_qwen_vision_fields_left_out_mean_what_transformers_means() -> None:
@@ -126,7 +126,7 @@ def test_qwen_vision_fields_left_out_mean_what_transformers_means() -> None:
     assert (spec.vision.patch, spec.vision.temporal_patch, spec.vision.merge) == (14, 2, 2)
     assert spec.vision.activation == vision.hidden_act
     assert spec.decoder.rope.mrope_section == (16, 24, 24)
-    assert spec.tokens.image == theirs.image_token_id
+    assert (spec.tokens.image, spec.tokens.video) == (theirs.image_token_id, theirs.video_token_id)
 
 
 def test_qwen2_5_vision_fields_left_out_mean_what_transformers_means() -> None:
@@ -147,6 +147,7 @@ def test_qwen2_5_vision_fields_left_out_mean_what_transformers_means() -> None:
         norm=spec.norm,
         window=vision.window_size // vision.patch_size,
         full_attention=tuple(vision.fullatt_block_indexes),
+        positions_per_second=vision.tokens_per_second,
     )
     assert [layer for layer in range(spec.layers) if not spec.is_windowed(layer)] == [7, 15, 23, 31]
 
@@ -169,9 +170,10 @@ def test_qwen3_vision_fields_left_out_mean_what_transformers_means() -> None:
         norm=spec.vision.norm,
         position_side=48,
         deepstack=tuple(vision.deepstack_visual_indexes),
+        timestamps=True,
     )
     assert spec.decoder.feature_width == 4 * spec.decoder.hidden
-    assert spec.tokens.image == theirs.image_token_id
+    assert (spec.tokens.image, spec.tokens.video) == (theirs.image_token_id, theirs.video_token_id)
     assert read({"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": []}}).decoder.deepstack == 0
 
 

@@ -18,7 +18,22 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import Cancelled, ContextOverflow, DeviceLost, EngineError, QueueFull, StorageError, UnknownModel
 from engine.host import serve
-from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Tool, Usage
+from engine.request import (
+    Chunk,
+    Event,
+    Finished,
+    Image,
+    ImageUrl,
+    Message,
+    Part,
+    Request,
+    Text,
+    Timings,
+    Tool,
+    Usage,
+    Video,
+    VideoUrl,
+)
 
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
@@ -104,7 +119,7 @@ class FakeEngine:
             emit(ContextOverflow("too long"))
             return True
         if request.model != "endless" and stream.emitted == request.sampling.max_tokens:
-            weight = sum(len(image.data) for image in request.images)
+            weight = sum(len(image.data) for image in request.shown)
             emit(Finished("length", Usage(weight, stream.emitted, weight, 0), Timings(0.0, 0.1, 0.2)))
             return True
         emit(Chunk(f"{stream.emitted} ", 1))
@@ -116,9 +131,9 @@ def _weight(part: Part) -> int:
     match part:
         case Text(text):
             return len(text)
-        case Image(data):
+        case Image(data) | Video(data):
             return len(data)
-        case ImageUrl(url):
+        case ImageUrl(url) | VideoUrl(url):
             return len(url)
 
 

@@ -39,12 +39,14 @@ def gemma3_spec(
     )
 
 
-def qwen_spec(patch: int = 14, merge: int = 2, temporal: int = 2, image: int | None = None) -> ModelSpec:
+def qwen_spec(
+    patch: int = 14, merge: int = 2, temporal: int = 2, image: int | None = None, video: int | None = None
+) -> ModelSpec:
     vision = QwenVisionSpec(
         layers=1, hidden=16, heads=2, intermediate=16, norm_eps=1e-5, activation="quick_gelu", patch=patch,
         temporal_patch=temporal, merge=merge,
     )  # fmt: skip
-    return ModelSpec("qwen2_vl", decoder_spec(MROPE), TokenIds(eos=(2,), pad=0, image=image), vision)
+    return ModelSpec("qwen2_vl", decoder_spec(MROPE), TokenIds(eos=(2,), pad=0, image=image, video=video), vision)
 
 
 def text_spec(family: str = "llama") -> ModelSpec:

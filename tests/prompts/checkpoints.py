@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+import torch
 from PIL import Image as Picture
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,10 +20,14 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from engine.preprocess import ImageInput
 from engine.request import Image, Message, Text
-from engine.spec import ModelSpec
+from engine.spec import ModelSpec, QwenVisionSpec
+from tests.preprocess.films import Film
 from tests.preprocess.specs import gemma3_spec, qwen_spec, siglip_spec
 
 SENTENCES = [
@@ -42,7 +48,8 @@ QWEN_TEMPLATE = (
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 GEMMA3_TEMPLATE = (
@@ -68,6 +75,10 @@ LLAMA_TEMPLATE = (
     "{{ raise_exception('System role not supported') }}{% else %}"
     "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
+
+
+# What our processors always do; transformers 5.17 wants to be told.
+SAMPLED: dict[str, Any] = {"do_sample_frames": True, "cap_pixels_per_frame": True}
 
 
 def byte_level(special: list[str]) -> tokenizers.Tokenizer:
@@ -112,12 +123,20 @@ class Reference:
     spec: ModelSpec
     processor: Any
 
-    def inputs(self, messages: list[Message], pictures: list[Picture.Image]) -> Any:
+    def inputs(self, messages: list[Message], pictures: Sequence[Picture.Image], films: Sequence[Film] = ()) -> Any:
+        """With `films`, in tensors, as these processors want it."""
         text = self.processor.apply_chat_template(as_dicts(messages), add_generation_prompt=True)
         # As `apply_chat_template` does it where it makes tokens, too.
         bos = self.processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        return self.processor(text=[text], images=pictures or None, return_tensors="np", **options)
+        options: dict[str, Any] = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        if films:
+            options["videos"] = [torch.from_numpy(film.frames) for film in films]
+            options["video_metadata"] = [
+                {"total_num_frames": len(film.frames), "fps": film.fps, "duration": len(film.frames) / film.fps}
+                for film in films
+            ]
+        kind = "pt" if films else "np"
+        return self.processor(text=[text], images=list(pictures) or None, return_tensors=kind, **options)
 
 
 def as_dicts(messages: list[Message]) -> list[dict[str, Any]]:
@@ -125,7 +144,7 @@ def as_dicts(messages: list[Message]) -> list[dict[str, Any]]:
         {
             "role": message.role,
             "content": [
-                {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"}
+                {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": type(part).__name__.lower()}
                 for part in message.parts
             ],
         }
@@ -155,30 +174,30 @@ def qwen2_vl(folder: Path, *, template: str = QWEN_TEMPLATE) -> Reference:
     backend.add_tokens([AddedToken("<tool_call>", special=False)])
     tokenizer = wrapped(backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 30})
-    processor = _Qwen2VLProcessor(images, tokenizer, chat_template=template)
+    videos = Qwen2VLVideoProcessor(
+        size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12}, fps=2.0, max_video_tokens=90, **SAMPLED
+    )
+    processor = Qwen2VLProcessor(images, tokenizer, videos, chat_template=template)  # type: ignore[no-untyped-call]
     processor.save_pretrained(folder)
-    return Reference(folder, qwen_spec(image=processor.image_token_id), processor)
+    return Reference(folder, qwen_spec(image=processor.image_token_id, video=processor.video_token_id), processor)
 
 
 def qwen3_vl(folder: Path) -> Reference:
     """Qwen2-VL's layout with patches of 16 pixels, and limits in the spelling of Qwen3-VL's checkpoints."""
     reference = qwen2_vl(folder)
     tokenizer = reference.processor.tokenizer
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 30}, patch_size=16)
-    processor = _Qwen3VLProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    half = [0.5, 0.5, 0.5]
+    images = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 30}, patch_size=16, image_mean=half, image_std=half
+    )
+    videos = Qwen3VLVideoProcessor(
+        size={"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 180}, max_video_tokens=10, **SAMPLED
+    )
+    processor = Qwen3VLProcessor(images, tokenizer, videos, QWEN_TEMPLATE)  # type: ignore[no-untyped-call]
     processor.save_pretrained(folder)
-    return Reference(folder, qwen_spec(patch=16, image=processor.image_token_id), processor)
-
-
-class _Qwen3VLProcessor(Qwen3VLProcessor):
-    """Without video, as below."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, None, chat_template)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
+    spec = qwen_spec(patch=16, image=processor.image_token_id, video=processor.video_token_id)
+    assert isinstance(spec.vision, QwenVisionSpec)
+    return Reference(folder, replace(spec, vision=replace(spec.vision, timestamps=True)), processor)
 
 
 def gemma3(folder: Path) -> Reference:
@@ -196,17 +215,6 @@ def gemma3(folder: Path) -> Reference:
     return Reference(folder, gemma3_spec(32, patch=4, shuffle=2, start=5, end=6, image=7), processor)
 
 
-class _Qwen2VLProcessor(Qwen2VLProcessor):
-    """Without video, whose processor needs packages that nothing else here needs."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, None, chat_template)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-
 def llama(folder: Path) -> PreTrainedTokenizerFast:
     """A text-only checkpoint in the style of Llama 2: no system role."""
     tokenizer = wrapped(sentencepiece(["<unk>", "<s>", "</s>"]), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -217,6 +225,11 @@ def llama(folder: Path) -> PreTrainedTokenizerFast:
 
 def picture(width: int, height: int) -> Picture.Image:
     return Picture.fromarray(np.zeros((height, width, 3), np.uint8))
+
+
+def image_input(tokens: int) -> ImageInput:
+    """Of one tile, without pixels."""
+    return ImageInput(np.empty(0, np.uint8), (1, 0, 0), tokens, b"")
 
 
 def question(*parts: str | Picture.Image) -> Message:

@@ -96,11 +96,12 @@ def qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def test_smolvlm_prompts_are_those_of_transformers(seed: int, smolvlm: Reference) -> None:
     messages, pictures = conversation(np.random.default_rng(seed), seed % 5)
     builder = PromptBuilder(smolvlm.folder, smolvlm.spec)
-    prompt = builder.build(messages, inputs(smolvlm, pictures))
+    images = inputs(smolvlm, pictures)
+    prompt = builder.build(messages, images)
     assert prompt.token_ids.tolist() == smolvlm.inputs(messages, pictures)["input_ids"][0].tolist()
     assert prompt.positions.tolist() == [list(range(len(prompt.token_ids)))]
     assert prompt.position_delta == 0
-    assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+    assert builder.count(messages, images) == len(prompt.token_ids)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -117,7 +118,7 @@ def test_gemma3_prompts_are_those_of_transformers(seed: int, gemma3: Reference) 
         is_image[span.start : span.stop] = 1
     assert is_image.tolist() == wanted["token_type_ids"][0].tolist()
     assert_consistent(prompt, images, 7)
-    assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+    assert builder.count(messages, images) == len(prompt.token_ids)
     if pictures:
         raw = gemma3.processor.image_processor(pictures, do_rescale=False, do_normalize=False, return_tensors="np")
         assert np.array_equal(np.concatenate([image.pixels for image in images]), raw["pixel_values"])
@@ -127,27 +128,29 @@ def test_gemma3_prompts_are_those_of_transformers(seed: int, gemma3: Reference) 
 def test_qwen2_vl_prompts_are_those_of_transformers(seed: int, qwen2_vl: Reference) -> None:
     messages, pictures = conversation(np.random.default_rng(seed), seed % 5)
     builder = PromptBuilder(qwen2_vl.folder, qwen2_vl.spec)
-    prompt = builder.build(messages, inputs(qwen2_vl, pictures))
+    images = inputs(qwen2_vl, pictures)
+    prompt = builder.build(messages, images)
     wanted = qwen2_vl.inputs(messages, pictures)
     assert prompt.token_ids.tolist() == wanted["input_ids"][0].tolist()
     positions, delta = rope_index(wanted)
     assert prompt.positions.tolist() == positions
     assert prompt.position_delta == delta
-    assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+    assert builder.count(messages, images) == len(prompt.token_ids)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_qwen3_vl_prompts_are_those_of_transformers(seed: int, qwen3_vl: Reference) -> None:
     messages, pictures = conversation(np.random.default_rng(seed), seed % 5)
     builder = PromptBuilder(qwen3_vl.folder, qwen3_vl.spec)
-    prompt = builder.build(messages, inputs(qwen3_vl, pictures))
+    images = inputs(qwen3_vl, pictures)
+    prompt = builder.build(messages, images)
     wanted = qwen3_vl.inputs(messages, pictures)
     assert prompt.token_ids.tolist() == wanted["input_ids"][0].tolist()
     tower = {"depth": 1, "hidden_size": 16, "num_heads": 2, "deepstack_visual_indexes": []}
     positions, delta = rope_index(wanted, Qwen3VLModel, Qwen3VLConfig, tower)
     assert prompt.positions.tolist() == positions
     assert prompt.position_delta == delta
-    assert builder.count(messages, [shown.size for shown in pictures]) == len(prompt.token_ids)
+    assert builder.count(messages, images) == len(prompt.token_ids)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -13,7 +13,7 @@ from engine.prompts.template import ChatTemplate
 from engine.request import Image, Message, Text
 from tests.preprocess.specs import siglip_spec, text_spec
 from tests.prompts import checkpoints
-from tests.prompts.checkpoints import change_json, question
+from tests.prompts.checkpoints import change_json, image_input, question
 
 SYSTEM = Message("system", (Text("Be brief."),))
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -129,4 +129,4 @@ def test_padding_and_truncation_of_a_tokenizer_file_do_not_apply(tmp_path: Path)
 
 def test_a_message_of_images_only_is_a_prompt(tmp_path: Path) -> None:
     reference = checkpoints.smolvlm(tmp_path)
-    assert PromptBuilder(tmp_path, reference.spec).count([Message("user", (Image(b""),))], [(32, 20)]) > 16
+    assert PromptBuilder(tmp_path, reference.spec).count([Message("user", (Image(b""),))], [image_input(16)]) > 16

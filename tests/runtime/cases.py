@@ -122,7 +122,7 @@ def _reference_inputs(
 
 def still_patches(spec: QwenVisionSpec, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[patches, 3, temporal_patch * patch**2] as transformers cuts a still image."""
-    return np.tile(cut_patches(spec, pixels).reshape(-1, 3, spec.patch**2), (1, 1, spec.temporal_patch))
+    return np.tile(cut_patches(spec, pixels[None])[:, :, 0], (1, 1, spec.temporal_patch))
 
 
 def _normalise(pixels: NDArray[np.uint8], norm: PixelNorm) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ _ANY = 1 << 30
 class TowerInputs:
     """Names in the graph. B sequences of L patches each."""
 
-    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [B * L, 3 * patch**2]
+    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [B * L, 3, frames or 1, patch**2]
     SHAPE = "shape"  # int64 [3]: B, L, -1; Qwen2-VL only
     COSINE = "cosine"  # float32 [L, head_dim / 2]; Qwen2-VL only
     SINE = "sine"
@@ -49,7 +49,7 @@ def cpu_tower(artifact: Artifact) -> bytes:
         features = siglip_graph(CpuTowerDialect(builder, artifact, spec, shape, patches=patches), spec, pixels)
     else:
         assert isinstance(spec, QwenVisionSpec)
-        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["N", 3 * spec.patch**2])
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["N", 3, "F", spec.patch**2])
         shape = builder.input(TowerInputs.SHAPE, np.int64, [3])
         half = spec.hidden // spec.heads // 2
         rotary = tuple(builder.input(name, np.float32, ["L", half]) for name in (TowerInputs.COSINE, TowerInputs.SINE))

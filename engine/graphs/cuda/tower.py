@@ -18,7 +18,7 @@ from engine.spec import FloatType, QwenVisionSpec, SiglipSpec
 class TowerInputs:
     """Names in the graph: T patches of B sequences that attend each to itself; all on the device."""
 
-    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [T, 3 * patch**2]
+    PIXELS = "pixels"  # uint8: SigLIP [tiles, 3, tile, tile], Qwen2-VL [T, 3, frames or 1, patch**2]
     STARTS = "starts"  # int32 [B + 1]: where each sequence's patches begin, and T
     OFFSET = "offset"  # int32 [B, patches of the longest]: places of real patches, then of padding, if it were padded
     COSINE = "cosine"  # [T, head_dim / 2], float32 for activations of float32, else float16; Qwen2-VL only
@@ -43,7 +43,7 @@ def cuda_tower(artifact: Artifact, activations: FloatType) -> CudaGraph:
         features = siglip_graph(CudaTowerDialect(builder, spec), spec, pixels)
     else:
         assert isinstance(spec, QwenVisionSpec)
-        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["T", 3 * spec.patch**2])
+        pixels = builder.input(TowerInputs.PIXELS, np.uint8, ["T", 3, "F", spec.patch**2])
         positions = _positions(builder) if spec.position_side else None
         features = qwen_vision_graph(CudaTowerDialect(builder, spec), spec, pixels, positions)
     builder.output(features, TowerInputs.FEATURES, builder.dtype.type)

@@ -18,7 +18,7 @@ from engine.graphs.cuda.tower import TowerInputs, cuda_tower
 from engine.runtime.cuda.session import CudaSession, GraphSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.runtime.encoder import TowerInput
-from engine.runtime.vision_layout import WindowLayout, position_taps, vision_rotary, window_layout
+from engine.runtime.vision_layout import WindowLayout, position_taps, split_frames, vision_rotary, window_layout
 from engine.spec import FloatType, ModelSpec, QwenVisionSpec, SiglipSpec
 
 PATCHES_PER_CALL = 16384  # some 40 KiB of activations each for towers of 1280 dimensions; one image may exceed it
@@ -60,27 +60,39 @@ class CudaEncoder:
 
     def encode(self, images: Sequence[TowerInput]) -> list[torch.Tensor]:
         """One [tokens, feature_width] per image on the device, enqueued on its stream; views of one tensor per call."""
+        parts = [self._parts(image) for image in images]
         features: list[torch.Tensor] = []
-        for batch in self._batches(images):
+        for batch in self._batches([part for one in parts for part in one]):
             features += self._run(batch)
-        return features
+        made = iter(features)
+        return [_one(list(itertools.islice(made, len(one)))) for one in parts]
+
+    def _parts(self, image: TowerInput) -> list[_Part]:
+        """An image, or the temporal patches of a video, which may be in several calls."""
+        if isinstance(self._spec, SiglipSpec):
+            return [_Part(image.pixels, image.grid, image.tokens)]
+        pictures = split_frames(image.pixels, image.grid)
+        tokens = image.tokens // len(pictures)
+        return [_Part(one.pixels, (one.frames, one.height, one.width), tokens) for one in pictures]
 
     def rehearse(self, tokens: int) -> None:
         """Encode a blank image of about that many tokens, so that the working memory it takes is taken."""
         self.encode([_blank(self._spec, tokens)])
 
-    def _batches(self, images: Sequence[TowerInput]) -> Iterator[Sequence[TowerInput]]:
+    def _batches(self, images: Sequence[_Part]) -> Iterator[Sequence[_Part]]:
+        """A call's temporal patches are all of still images or all of videos."""
         start, patches = 0, 0
         for stop, image in enumerate(images):
             more = sum(_sequences(self._spec, image))
-            if stop > start and patches + more > self._patches_per_call:
+            fits = patches + more <= self._patches_per_call and image.grid[0] == images[start].grid[0]
+            if stop > start and not fits:
                 yield images[start:stop]
                 start, patches = stop, 0
             patches += more
         if start < len(images):
             yield images[start:]
 
-    def _run(self, images: Sequence[TowerInput]) -> Sequence[torch.Tensor]:
+    def _run(self, images: Sequence[_Part]) -> Sequence[torch.Tensor]:
         lengths = [length for image in images for length in _sequences(self._spec, image)]
         starts, offset = packing(lengths)
         inputs = {
@@ -102,21 +114,22 @@ class CudaEncoder:
             features = features[_joined([window.back for window in windows])]
         return torch.split(features, tokens)
 
-    def _pixels(self, images: Sequence[TowerInput]) -> torch.Tensor:
+    def _pixels(self, images: Sequence[_Part]) -> torch.Tensor:
         """All pixels in one copy, and each image cut into patches there."""
         pixels = self._to_device([image.pixels for image in images])
         spec = self._spec
         if isinstance(spec, SiglipSpec):
             return pixels.view(-1, 3, spec.tile, spec.tile)
-        side, merge = spec.patch, spec.merge
-        patches = torch.empty_like(pixels).view(-1, 3 * side**2)
+        side, merge, frames = spec.patch, spec.merge, images[0].grid[0]
+        patches = torch.empty_like(pixels).view(-1, 3, frames, side**2)
+        size = 3 * frames * side**2
         start = 0
         for image in images:
             rows, columns = image.grid[1] // merge, image.grid[2] // merge
             stop = start + image.grid[1] * image.grid[2]
-            planes = pixels[start * 3 * side**2 : stop * 3 * side**2].view(3, rows, merge, side, columns, merge, side)
-            cut = patches[start:stop].view(rows, columns, merge, merge, 3, side, side)
-            cut.copy_(planes.permute(1, 4, 2, 5, 0, 3, 6))
+            planes = pixels[start * size : stop * size].view(frames, 3, rows, merge, side, columns, merge, side)
+            cut = patches[start:stop].view(rows, columns, merge, merge, 3, frames, side, side)
+            cut.copy_(planes.permute(2, 5, 3, 6, 1, 0, 4, 7))
             start = stop
         return patches
 
@@ -191,24 +204,28 @@ def _joined(orders: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Blank:
-    """Implements `TowerInput`."""
+class _Part:
+    """A `TowerInput` whose patches are in one call; of the Qwen families its `grid` begins with its frames."""
 
     pixels: NDArray[np.uint8]
     grid: tuple[int, int, int]
     tokens: int
 
 
+def _one(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _blank(spec: SiglipSpec | QwenVisionSpec, tokens: int) -> TowerInput:
     if isinstance(spec, SiglipSpec):
         tiles = -(-tokens // spec.tokens_per_tile)
-        return _Blank(np.zeros((tiles, 3, spec.tile, spec.tile), np.uint8), (1, 0, 0), tiles * spec.tokens_per_tile)
+        return _Part(np.zeros((tiles, 3, spec.tile, spec.tile), np.uint8), (1, 0, 0), tiles * spec.tokens_per_tile)
     side = spec.merge * math.ceil(math.sqrt(tokens))
     pixels = np.zeros((3, side * spec.patch, side * spec.patch), np.uint8)
-    return _Blank(pixels, (1, side, side), (side // spec.merge) ** 2)
+    return _Part(pixels, (1, side, side), (side // spec.merge) ** 2)
 
 
-def _sequences(spec: SiglipSpec | QwenVisionSpec, image: TowerInput) -> list[int]:
+def _sequences(spec: SiglipSpec | QwenVisionSpec, image: _Part) -> list[int]:
     """How many patches each sequence of the image has: a tile attends to itself, as a whole image does."""
     if isinstance(spec, SiglipSpec):
         return [(spec.tile // spec.patch) ** 2] * len(image.pixels)

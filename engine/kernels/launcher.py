@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from engine.kernels.overlap import early, launch_options
 from engine.kernels.pointer import Tensor
 
 ALIGNED = 16  # bytes; where all pointers are, one compiled kernel serves every call
 
 
 class Launcher:
-    """Launches one Triton kernel whose parameters are pointers, then integers, then constants.
+    """Launches one Triton kernel whose parameters are pointers, then integers, then constants, the last of them EARLY
+    (engine/kernels/overlap.py), which is added here.
 
     The first launch of a kind (constants, options and the pointers' types alike) goes through Triton, which compiles.
     It looks at every argument of every launch, some 20 us; so later ones go to the kernel that it found, with addresses
@@ -22,6 +24,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[Hashable, Any] = {}
+        self._early = False
 
     def __call__(
         self,
@@ -43,8 +46,10 @@ class Launcher:
         key = tuple(kind)
         compiled = self._compiled.get(key) if aligned else None
         if compiled is not None:
-            compiled[grid](*addresses, *integers, *constants)
+            compiled[grid](*addresses, *integers, *constants, self._early)
             return
-        compiled = self._kernel[grid](*pointers, *integers, *constants, **dict(options))
+        overlaps = early()
+        chosen = dict(options) | launch_options(early=overlaps)
+        compiled = self._kernel[grid](*pointers, *integers, *constants, overlaps, **chosen)
         if aligned:
-            self._compiled[key] = compiled  # None from Triton's interpreter
+            self._compiled[key], self._early = compiled, overlaps  # None from Triton's interpreter

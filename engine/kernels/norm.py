@@ -32,6 +32,8 @@ import triton.language as tl
 
 from engine.kernels.activation import Activation, activate
 from engine.kernels.launcher import Launcher
+from engine.kernels.overlap import BESIDE as _BESIDE
+from engine.kernels.overlap import let_next_begin, wait_for_last
 from engine.kernels.pointer import Tensor
 
 Norm = Literal["none", "rms", "layer"]
@@ -44,6 +46,7 @@ ROWS_TOGETHER = 4
 ACTIVATION_TYPES = (torch.float16, torch.bfloat16)
 
 _SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added to a small number, the last bits of the sum are its integer
+BESIDE = tl.constexpr(_BESIDE)
 _INFINITY = tl.constexpr(0x7F800000)  # bits
 _SMALLEST = tl.constexpr(2.0**-120)  # 127 / peak is finite above
 _NORMAL = tl.constexpr(2.0**-126)  # the device's rsqrt takes what is smaller for 0
@@ -301,6 +304,7 @@ def _normalised_rows(
     EPSILON: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
     """Program i takes rows i * ROWS and on of `count`. out: int8 if there are scales, else A."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -313,6 +317,9 @@ def _normalised_rows(
         weights = _load(weight, first * 0, inside, WIDTH, COLUMNS)
     if bias is not None:
         biases = _load(bias, first * 0, inside, WIDTH, COLUMNS)
+    wait_for_last(EARLY)
+    if count <= BESIDE:
+        let_next_begin(EARLY)
     if residual is not None:
         added = _load(residual, first, inside, WIDTH, COLUMNS)
     if (weight is not None) or (residual is not None):
@@ -345,8 +352,10 @@ def _activated_rows(
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
     """Program i takes rows i * ROWS and on of `count`. WIDTH is that of the result."""
+    wait_for_last(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, inside = row.to(tl.int64)[:, None] * WIDTH, (row < count)[:, None]
     gated: tl.constexpr = KIND == "silu_gate"

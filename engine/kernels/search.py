@@ -95,7 +95,9 @@ class _Climb:
 def distance(tile: Tile, other: Tile) -> tuple[int, bool]:
     """How many numbers differ, and whether splits do. A gemv's depth is that of its warps."""
     if isinstance(tile, GemmTile) and isinstance(other, GemmTile):
-        return _differing(tile, other, "outputs", "tokens", "depth", "warps", "stages"), tile.splits != other.splits
+        return _differing(
+            tile, other, "outputs", "tokens", "depth", "warps", "stages", "ahead"
+        ), tile.splits != other.splits
     return _differing(tile, other, "outputs", "unroll", "warps"), False
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+from engine.kernels.overlap import BESIDE
+
 Kernel = Literal["gemv", "int8", "float"]
 
 GEMV_ROWS = 4  # up to here memory is the limit of a GEMV on an H100; engine/kernels/linear/gemv.py counts it out
@@ -22,6 +24,7 @@ SHARED_BYTES = 227 * 1024  # of a program on sm_90; sm_80 has 163 KiB, which all
 MOST_SPLITS = 6
 SPLITS_TRIED = (2, 3, 4, 5, 6, 8, 10)
 MOST_ACCUMULATORS = 128  # registers of a thread, of 255
+AHEAD_BYTES = 256  # of a thread, likewise in registers
 LANE = 16  # weights that a thread loads at once
 WARP = 32 * LANE
 
@@ -53,7 +56,9 @@ class GemvTile:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """A program computes [outputs, tokens] by steps of `depth`, `stages` of them loading; `splits` share a depth."""
+    """A program computes [outputs, tokens] by steps of `depth`, `stages` of them loading; `splits` share a depth. The
+    weights of `ahead` steps are asked for before the rows are there.
+    """
 
     outputs: int
     tokens: int
@@ -61,6 +66,7 @@ class GemmTile:
     splits: int
     warps: int
     stages: int
+    ahead: int = 0
 
     def tiles(self, rows: int, width: int) -> int:
         return _cdiv(rows, self.tokens) * _cdiv(width, self.outputs)
@@ -110,6 +116,8 @@ def default_gemv(wanted: Product) -> GemvTile:
 
 def default_gemm(wanted: Product) -> GemmTile:
     depth = 128 if wanted.kernel == "int8" else 64  # 16-bit rows take twice the shared memory
+    if wanted.kernel == "int8" and wanted.rows <= BESIDE and wanted.k % 256 == 0 and not wanted.gate:
+        return _default_of_few(wanted)
     if wanted.rows <= FEW_ROWS:
         outputs = 128 if wanted.width >= 256 * MULTIPROCESSORS and not wanted.gate else 64
         tokens = max(16, wanted.rows)
@@ -120,6 +128,16 @@ def default_gemm(wanted: Product) -> GemmTile:
         tile = GemmTile(64, 128, depth, 1, _warps(64, 128, wanted.gate), 3)
         return _split(tile, wanted, MULTIPROCESSORS)
     return tile
+
+
+def _default_of_few(wanted: Product) -> GemmTile:
+    """Long steps, and few splits: to add them up takes longer than some multiprocessors that stand idle."""
+    tokens = max(16, wanted.rows)
+    if wanted.width >= 256 * MULTIPROCESSORS:
+        return GemmTile(128, tokens, 256, 1, 8, 3)
+    tile = GemmTile(64, tokens, 256, 1, 4, 4)
+    programs = min(MULTIPROCESSORS, _cdiv(wanted.k, 256 * 6) * tile.tiles(wanted.rows, wanted.width))
+    return _split(tile, wanted, programs)
 
 
 def _warps(outputs: int, tokens: int, gate: bool) -> int:
@@ -149,13 +167,25 @@ def _gemv_candidates(wanted: Product) -> Iterator[GemvTile]:
 def _gemm_candidates(wanted: Product, shared_bytes: int) -> Iterator[GemmTile]:
     parts, x_bytes = (2 if wanted.gate else 1), (1 if wanted.kernel == "int8" else 2)
     most = max(16, min(wanted.rows, 256))  # tokens of a tile; all of them where they are few
-    for outputs, tokens, depth, stages in product((64, 128), (16, 32, 64, 128, 256), (64, 128, 256), (3, 4)):
+    few = wanted.kernel == "int8" and wanted.rows <= BESIDE
+    all_outputs = (16, 32, 64, 128) if few and wanted.width < 32 * MULTIPROCESSORS else (64, 128)
+    for outputs, tokens, depth, stages in product(all_outputs, (16, 32, 64, 128, 256), (64, 128, 256), (3, 4)):
         shared = (outputs * parts + tokens * x_bytes) * depth * stages
         if shared > shared_bytes or not min(most, 128) <= tokens <= most or depth >= 2 * wanted.k:
             continue
         for warps in (4, 8):
             if outputs * tokens * parts <= MOST_ACCUMULATORS * warps * 32 and (warps == 4 or tokens >= 64):
-                yield from _split_candidates(GemmTile(outputs, tokens, depth, 1, warps, stages), wanted)
+                for tile in _split_candidates(GemmTile(outputs, tokens, depth, 1, warps, stages), wanted):
+                    yield tile
+                    if few and (ahead := _most_ahead(tile, wanted)):
+                        yield replace(tile, ahead=ahead)
+
+
+def _most_ahead(tile: GemmTile, wanted: Product) -> int:
+    """All steps of a program, or as many as its registers can hold."""
+    step = tile.outputs * tile.depth * (2 if wanted.gate else 1)
+    steps = _cdiv(_cdiv(wanted.k, tile.depth), tile.splits)
+    return min(steps, AHEAD_BYTES * 32 * tile.warps // step)
 
 
 def _split_candidates(tile: GemmTile, wanted: Product) -> Iterator[GemmTile]:

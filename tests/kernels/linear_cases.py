@@ -201,6 +201,17 @@ def test_a_split_depth_is_added_up(path: Any, k: int, splits: int) -> None:
     assert_near(y, reference(inputs, parameters, path))
 
 
+@pytest.mark.parametrize(("k", "splits", "ahead"), [(96, 1, 2), (96, 1, 3), (200, 2, 4), (200, 3, 1)])
+def test_weights_that_are_asked_for_ahead_change_no_bit(k: int, splits: int, ahead: int) -> None:
+    parameters = LinearParameters(activation="silu_gate", path="int8")
+    inputs = draw(6, 36, k, parameters, torch.float16)
+    tile = dataclasses.replace(SMALL, splits=splits)
+    y = run(inputs, parameters, tiles_of("int8", inputs, True, tile))
+    assert torch.equal(
+        run(inputs, parameters, tiles_of("int8", inputs, True, dataclasses.replace(tile, ahead=ahead))), y
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_products_in_the_tiles_of_the_default(rows: int) -> None:
     parameters = LinearParameters(path="int8")

@@ -37,7 +37,7 @@ def test_compiled_kernels_agree_with_float64() -> None:
 def test_splits_cover_every_context_in_whole_tiles(parameters: AttentionParameters, int8: bool) -> None:
     for batch in (1, 3, 32, 128, 200):
         for context in (1, 64, 256, 512, 1000, 2048, 32768, 131072):
-            tile = default_tile(parameters, batch, context, 132, int8=int8)
+            tile = default_tile(parameters, batch, 132, int8=int8)
             split = split_context(parameters, tile, batch, context, 132)
             assert split.tokens % tile.tokens == 0
             assert (split.count - 1) * split.tokens < context <= split.count * split.tokens
@@ -45,13 +45,13 @@ def test_splits_cover_every_context_in_whole_tiles(parameters: AttentionParamete
 
 
 def test_one_sequence_spreads_over_the_device_and_many_do_not_merge() -> None:
-    for batch, count in ((1, 16), (32, 6), (256, 1)):
-        tile = default_tile(QWEN2_VL_2B, batch, 2048, 132, int8=False)
+    for batch, count in ((1, 16), (8, 8), (32, 22), (128, 1), (256, 1)):
+        tile = default_tile(QWEN2_VL_2B, batch, 132, int8=False)
         assert split_context(QWEN2_VL_2B, tile, batch, 2048, 132).count == count
 
 
 def test_a_long_sequence_among_short_ones_is_split() -> None:
-    tile = default_tile(QWEN2_VL_2B, 256, 32768, 132, int8=False)
+    tile = default_tile(QWEN2_VL_2B, 256, 132, int8=False)
     assert split_context(QWEN2_VL_2B, tile, 256, 32768, 132).tokens <= 2048
 
 
@@ -100,7 +100,15 @@ def compiled_attention(
     ("parameters", "batch", "page", "int8", "name", "capability"),
     [
         (QWEN2_VL_2B, 1, 256, False, "fp16", 90),
+        (QWEN2_VL_2B, 8, 256, False, "bf16", 90),
+        (QWEN2_VL_2B, 8, 256, True, "bf16", 90),
         (QWEN2_VL_2B, 32, 256, False, "bf16", 90),
+        (QWEN2_VL_2B, 64, 256, False, "bf16", 90),
+        (QWEN2_VL_2B, 64, 256, True, "bf16", 90),
+        (QWEN2_VL_2B, 128, 256, False, "bf16", 90),
+        (QWEN2_VL_2B, 128, 256, True, "fp16", 90),
+        (SMOLVLM_256M, 1, 256, False, "bf16", 90),
+        (SMOLVLM_256M, 32, 256, False, "bf16", 90),
         (QWEN2_VL_2B, 32, 256, True, "fp16", 90),
         (QWEN3_VL_2B, 32, 256, True, "bf16", 90),
         (QWEN3_VL_2B, 32, 256, False, "fp16", 80),
@@ -111,7 +119,7 @@ def compiled_attention(
 def test_default_tiles_compile_and_leave_room(
     parameters: AttentionParameters, batch: int, page: int, int8: bool, name: str, capability: int, tmp_path: Path
 ) -> None:
-    tile = default_tile(parameters, batch, 2048, 132, int8=int8)
+    tile = default_tile(parameters, batch, 132, int8=int8)
     kernel = compiled_attention(parameters, tile, name, int8, page, capability)
     used = usage(kernel, tmp_path)
     assert kernel.metadata.shared <= 40 * 1024  # four on a multiprocessor

@@ -55,8 +55,8 @@ def test_the_first_launch_is_tritons_and_later_ones_have_addresses_alone() -> No
     launch = Launcher(kernel)
     launch((3, 1, 1), (pointer, None), (7,), (64, "none"), OPTIONS)
     launch((5, 2, 1), (other, None), (9,), (64, "none"), OPTIONS)
-    assert kernel.compiled == [((3, 1, 1), (pointer, None, 7, 64, "none"), {"num_warps": 4})]
-    assert kernel.straight == [((5, 2, 1), (512, None, 9, 64, "none"))]
+    assert kernel.compiled == [((3, 1, 1), (pointer, None, 7, 64, "none", False), {"num_warps": 4})]
+    assert kernel.straight == [((5, 2, 1), (512, None, 9, 64, "none", False))]
 
 
 @pytest.mark.parametrize(

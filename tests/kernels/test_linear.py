@@ -96,12 +96,39 @@ def test_a_gemm_compiles_to_tensor_cores_and_spills_nothing(
     pointers |= {"x": "*i8", "row_scale": "*fp32"} if kernel == "int8" else {}
     pointers |= {"parts": "*i32" if kernel == "int8" else "*fp32", "tickets": "*i32"} if tile.splits > 1 else {}
     constants = {"N": n, "K": k, "ACTIVATION": activation, "OUTPUTS": tile.outputs, "TOKENS": tile.tokens}
-    constants |= {"DEPTH": tile.depth, "SPLITS": tile.splits}
+    constants |= {"DEPTH": tile.depth, "SPLITS": tile.splits, "AHEAD": tile.ahead}
     built = compiled(gemm, pointers, ["rows"], constants, capability, num_warps=tile.warps, num_stages=tile.stages)
     assert_fits(built, capability, tmp_path)
     instruction = {80: r"mma\.sync", 90: r"wgmma\.mma_async"}[capability]
     types = r"s32\.s8\.s8" if kernel == "int8" else rf"f32\.{dtype.replace('fp', 'f')}"
     assert re.search(rf"{instruction}[\w.:]*{types}", built.asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("tile", "n", "k", "gate"),
+    [
+        (GemmTile(64, 16, 256, 1, 4, 4, ahead=2), 2048, 1536, False),
+        (GemmTile(64, 32, 256, 3, 4, 4, ahead=2), 2048, 1536, False),
+        (GemmTile(16, 16, 256, 1, 2, 4, ahead=4), 1536, 1536, False),
+        (GemmTile(64, 32, 128, 1, 4, 4, ahead=2), 17920, 1536, True),
+    ],
+)
+def test_weights_are_asked_for_before_the_rows_are_waited_for(
+    tile: GemmTile, n: int, k: int, gate: bool, tmp_path: Path
+) -> None:
+    from engine.kernels.linear.gemm import gemm
+
+    pointers = {"weight": "*i8", "scale": "*fp32", "x": "*i8", "row_scale": "*fp32", "y": "*bf16"}
+    pointers |= {"parts": "*i32", "tickets": "*i32"} if tile.splits > 1 else {}
+    constants = {"N": n, "K": k, "ACTIVATION": "silu_gate" if gate else "none", "OUTPUTS": tile.outputs}
+    constants |= {"TOKENS": tile.tokens, "DEPTH": tile.depth, "SPLITS": tile.splits, "AHEAD": tile.ahead, "EARLY": True}
+    built = compiled(gemm, pointers, ["rows"], constants, 90, num_warps=tile.warps, num_stages=tile.stages)
+    assert_fits(built, 90, tmp_path)
+    before, after = built.asm["ptx"].split("griddepcontrol.wait")
+    nbytes = tile.ahead * tile.depth * tile.outputs * (2 if gate else 1)
+    assert 16 * 32 * tile.warps * len(re.findall(r"ld\.global[\w.:]*v4", before)) == nbytes
+    assert "griddepcontrol.launch_dependents" in after
+    assert "st.global" not in before, "nothing is written before the wait"
 
 
 SHAPES = [(2048, 1536, False), (17920, 1536, True), (1536, 8960, False), (151936, 1536, False), (288, 192, False)]

@@ -33,6 +33,7 @@ import triton.language as tl
 from engine.kernels.attention.heads import angles, to_int8, turned
 from engine.kernels.attention.merge import leave, merged
 from engine.kernels.attention.parameters import ROWS as _ROWS
+from engine.kernels.overlap import let_next_begin, wait_for_last
 
 ROWS = tl.constexpr(_ROWS)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -120,6 +121,7 @@ def decode_attention(
     KEPT: tl.constexpr,
     MERGED: tl.constexpr,
     CHANNELS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
     """Program (head tile, split, sequence); grid [KV_HEADS * tiles, splits, B], shapes as PagedDecodeAttention's.
 
@@ -146,6 +148,8 @@ def decode_attention(
     rows = tl.arange(0, ROWS)
     inside = (rows[:, None] < count) & (channel < HEAD_DIM)
     cos, sin = angles(cosine, sine, positions, row, tl.num_programs(2), held, inside, HEAD_DIM, SECTION, INTERLEAVED)
+    wait_for_last(EARLY)
+    let_next_begin(EARLY)
     packed = qkv + row.to(tl.int64) * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
     heads = packed + (head * GROUP + first_row + rows[:, None]) * HEAD_DIM
     query = turned(heads, inside, query_norm, cos, sin, HEAD_DIM, EPSILON)

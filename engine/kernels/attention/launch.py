@@ -16,6 +16,7 @@ from engine.kernels.attention.parameters import (
     power_of_2,
     split_context,
 )
+from engine.kernels.overlap import early, launch_options
 from engine.kernels.pointer import Tensor
 from engine.kernels.workspace import Workspace, bytes_of
 
@@ -45,7 +46,7 @@ class PagedDecodeAttention:
     def cut(self, batch: int, context: int, page: int, *, int8: bool) -> tuple[AttentionTile, Split]:
         """How the kernel is cut for sequences whose block table has room for `context` tokens, in blocks of `page`."""
         chip = self._multiprocessors
-        tile = self._tile or default_tile(self.parameters, batch, context, chip, int8=int8)
+        tile = self._tile or default_tile(self.parameters, batch, chip, int8=int8)
         tile = replace(tile, tokens=min(tile.tokens, page))
         return tile, split_context(self.parameters, tile, batch, context, chip)
 
@@ -92,13 +93,15 @@ class PagedDecodeAttention:
             scratch = None
             if split.count > 1:
                 scratch = self._workspace.take((self._scratch_size(batch, split),), torch.float32)
+            overlaps = early()
             grid = (parameters.kv_heads * parameters.head_tiles, split.count, batch)
             decode_attention[grid](
                 qkv, key_cache, value_cache, past, block_table, cosine, sine,
                 positions, query_norm, key_norm, key_scale, value_scale, out, scratch, self._workspace.tickets,
                 columns, split.tokens,
                 **constants(parameters, tile, qkv.dtype, key_cache.dtype, page, split=split.count > 1),
-                num_warps=tile.warps, num_stages=1, maxnreg=tile.registers,
+                EARLY=overlaps, num_warps=tile.warps, num_stages=1, maxnreg=tile.registers,
+                **launch_options(early=overlaps),
             )  # fmt: skip
 
     def _scratch_size(self, batch: int, split: Split) -> int:

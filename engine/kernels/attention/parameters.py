@@ -76,27 +76,31 @@ class AttentionTile:
     merged: int = 8
 
 
-def default_tile(
-    parameters: AttentionParameters, batch: int, context: int, multiprocessors: int, *, int8: bool
-) -> AttentionTile:
-    """Measured on an H100 for 12 query and 2 key heads of 128 channels in 16 bits, 1,026 tokens, 1 to 128 sequences:
-    three programs to a multiprocessor, at least two tiles to a program, and no limit on registers. Keeping the splits
-    few is worth more than filling the device: merging them is most of what a small batch waits for.
+def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: int, *, int8: bool) -> AttentionTile:
+    """Measured on an H100 for 12 query and 2 key heads of 128 channels in 16 bits, 1,026 tokens, 1 to 128 sequences, by
+    how many programs there are without splits. The fewer of them, the more a launch waits for a chain of loads and for
+    the merge of its splits, and the more warps and the fewer splits it has. From half a program to a multiprocessor on
+    there are many small ones, which keep memory busy; with two, splits cost more than they fill.
 
-    int8 caches are not measured. So compiled for sm_90 without spills in the loop (Triton 3.6): while there is room for
-    a program for every 64 tokens, each has one tile and takes the registers that it needs; beyond that, three or four
-    programs share a multiprocessor's registers.
+    int8 caches take the same, but for many sequences, where three or four programs share a multiprocessor's registers:
+    so compiled for sm_90 without spills in the loop (Triton 3.6).
     """
     width = power_of_2(parameters.head_dim)
     kept = parameters.kept_rows * width
     if width > 128:
         return AttentionTile(tokens=32, merged=_merged(8192, kept))
-    if not int8:
-        return AttentionTile(tokens=64, least=128, programs=3, merged=_merged(16384, kept))
-    pieces = batch * parameters.kv_heads * parameters.head_tiles * -(-context // 64)
-    if pieces <= 2 * multiprocessors:
-        return AttentionTile(tokens=64, merged=_merged(16384, kept))
-    return AttentionTile(tokens=64, registers=168 if width == 128 else 128, merged=_merged(8192, kept))
+    units = batch * parameters.kv_heads * parameters.head_tiles
+    if 16 * units <= multiprocessors:
+        return AttentionTile(tokens=64, least=128, programs=1, merged=_merged(16384, kept))
+    if 5 * units <= multiprocessors:
+        return AttentionTile(tokens=128, warps=8, programs=1, merged=_merged(2048, kept))
+    if 4 * units <= 3 * multiprocessors:
+        return AttentionTile(tokens=16, warps=1, programs=12, merged=_merged(4096, kept))
+    if 2 * units <= 3 * multiprocessors:
+        return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
+    if int8:
+        return AttentionTile(tokens=64, registers=168 if width == 128 else 128, merged=_merged(8192, kept))
+    return AttentionTile(tokens=64, least=128, programs=3, merged=_merged(16384, kept))
 
 
 def _merged(values: int, kept: int) -> int:

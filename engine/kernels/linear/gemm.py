@@ -7,6 +7,9 @@ A narrow product has fewer tiles than the device has multiprocessors, so SPLITS 
 leaves its part in scratch memory and takes a ticket; whoever takes the last one adds the parts up, in the order of the
 depth whoever it is, and resets the ticket. A second kernel would add as much and cost another launch, about a
 microsecond beside the two to eight of such a product. Parts of int8 rows are integers, exact in any tile and any split.
+
+The first weights of a program are asked for before it waits for its rows, and lie in registers while the rest is
+multiplied: the launch that quantises the rows takes as long as memory takes for all weights of a narrow product.
 """
 
 # mypy: disallow-untyped-decorators=False
@@ -19,8 +22,11 @@ from triton import knobs
 
 from engine.kernels.activation import activate
 from engine.kernels.linear.epilogue import load_columns
+from engine.kernels.overlap import BESIDE as _BESIDE
+from engine.kernels.overlap import let_next_begin, wait_for_last
 
 GROUP = tl.constexpr(16)  # tiles of rows whose programs run side by side: they share the weights in L2
+BESIDE = tl.constexpr(_BESIDE)
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))  # then bfloat16 is multiplied as the integers of its bits
 
 
@@ -35,9 +41,33 @@ def _tile_of(program: tl.tensor, rows: tl.tensor, COLUMN_TILES: tl.constexpr, TO
 
 
 @triton.jit
+def _ask(
+    weight: tl.tensor,
+    outputs: tl.tensor,
+    first: tl.tensor,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> tl.tuple:
+    """Weights of AHEAD steps from `first` on, as `_product` reads them."""
+    k = tl.arange(0, DEPTH)
+    tiles = weight + outputs.to(tl.int64)[:, None] * K + (first + k)[None, :]
+    asked = tl.tuple(())
+    for step in tl.static_range(AHEAD):
+        inside = (k < K - first - step * DEPTH)[None, :]
+        for part in tl.static_range(PARTS):
+            asked += (_load(tiles + part * PART + step * DEPTH, inside, MASKED),)
+    return asked
+
+
+@triton.jit
 def _product(
     x: tl.tensor,
     weight: tl.tensor,
+    asked: tl.tuple,
     tokens: tl.tensor,
     outputs: tl.tensor,
     first: tl.tensor,
@@ -47,10 +77,11 @@ def _product(
     DEPTH: tl.constexpr,
     STEPS: tl.constexpr,
     MASKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> tl.tuple:
     """Tiles [outputs, tokens] of weight @ x.T over STEPS * DEPTH from first on; with PARTS 2 another, PART weights on.
 
-    MASKED: the last steps may reach past K.
+    MASKED: the last steps may reach past K. `asked` are the weights of the first AHEAD steps, which are added last.
     """
     TYPE: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     total = tl.zeros([outputs.shape[0], tokens.shape[0]], TYPE)
@@ -58,7 +89,12 @@ def _product(
     k = tl.arange(0, DEPTH)
     values = x + tokens.to(tl.int64)[None, :] * K + (first + k)[:, None]
     tiles = weight + outputs.to(tl.int64)[:, None] * K + (first + k)[None, :]
-    for step in range(STEPS):
+    their_values = tl.tuple(())
+    for step in tl.static_range(AHEAD):
+        their_values += (_load(values + step * DEPTH, (k < K - first - step * DEPTH)[:, None], MASKED),)
+    values += AHEAD * DEPTH
+    tiles += AHEAD * DEPTH
+    for step in range(AHEAD, STEPS):
         inside = k < K - first - step * DEPTH
         value = _load(values, inside[:, None], MASKED)
         total = _accumulate(_load(tiles, inside[None, :], MASKED), value, total)
@@ -66,6 +102,10 @@ def _product(
             upper = _accumulate(_load(tiles + PART, inside[None, :], MASKED), value, upper)
         values += DEPTH
         tiles += DEPTH
+    for step in tl.static_range(AHEAD):
+        total = _accumulate(asked[step * PARTS], their_values[step], total)
+        if PARTS == 2:
+            upper = _accumulate(asked[step * PARTS + 1], their_values[step], upper)
     return total, upper
 
 
@@ -152,13 +192,15 @@ def gemm(
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
+    EARLY: tl.constexpr = False,
 ) -> None:
     """y [rows, WIDTH] = activation(x @ weight.T * scale * row_scale + bias) + residual; program (tile, split).
 
     x [rows, K] int8 with row_scale float32 [rows], or float16 or bfloat16 with None; weight int8 [N, K]; scale float32
     [N]; bias [N], residual and y as x or, where that is int8, float16 or bfloat16; what is not there is None. WIDTH is
     N, or N / 2 with silu_gate. parts: int32 or float32 [tiles, SPLITS, 1 or 2, OUTPUTS * TOKENS]; tickets int32
-    [tiles], 0 before and after; both are None where SPLITS is 1.
+    [tiles], 0 before and after; both are None where SPLITS is 1. AHEAD: steps, as `_product` says.
     """
     PARTS: tl.constexpr = 2 if ACTIVATION == "silu_gate" else 1
     WIDTH: tl.constexpr = N // PARTS
@@ -170,8 +212,15 @@ def gemm(
     tokens = row_tile * TOKENS + tl.arange(0, TOKENS)
     near_tokens, near_columns = tl.minimum(tokens, rows - 1), tl.minimum(columns, WIDTH - 1)  # no masks but along K
     first = split * (STEPS * DEPTH)
+    MASKED: tl.constexpr = K != SPLITS * STEPS * DEPTH
+    asked = _ask(weight, near_columns, first, K, PARTS, WIDTH * K, DEPTH, MASKED, AHEAD)
+    wait_for_last(EARLY)
+    if rows <= BESIDE or residual is not None or ACTIVATION == "silu_gate":  # what follows those is few programs
+        let_next_begin(EARLY)
+    if AHEAD > 0:
+        tl.debug_barrier()  # over which the compiler moves no load
     total, upper = _product(
-        x, weight, near_tokens, near_columns, first, K, PARTS, WIDTH * K, DEPTH, STEPS, K != SPLITS * STEPS * DEPTH
+        x, weight, asked, near_tokens, near_columns, first, K, PARTS, WIDTH * K, DEPTH, STEPS, MASKED, AHEAD
     )
     if SPLITS == 1:
         _finish(total, upper, row_scale, scale, bias, residual, y, columns, tokens, rows, WIDTH, ACTIVATION)

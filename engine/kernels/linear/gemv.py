@@ -18,6 +18,7 @@ import triton.language as tl
 
 from engine.kernels.activation import activate
 from engine.kernels.linear.epilogue import load_columns
+from engine.kernels.overlap import let_next_begin, wait_for_last
 
 LANE = tl.constexpr(16)  # weights of one load: 16 bytes
 _NORMAL = tl.constexpr(2.0**-126)
@@ -166,6 +167,7 @@ def gemv(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     UNROLL: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
     """y [rows, WIDTH] = activation((norm(x) @ weight.T) * scale + bias) + residual, rows from 1 to ROWS.
 
@@ -176,6 +178,8 @@ def gemv(
     WIDTH: tl.constexpr = N // 2 if GATE else N
     LINES: tl.constexpr = 2 * OUTPUTS if GATE else OUTPUTS  # rows of the weight
     LENGTH: tl.constexpr = DEPTH // LANE
+    if NORM == "layer":
+        wait_for_last(EARLY)  # the moments are of the row
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     lines, places, moments, squares, totals = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     for line in tl.static_range(LINES):
@@ -189,6 +193,8 @@ def gemv(
             totals += (tl.zeros([LENGTH], tl.float32),)
     for start in range(0, K, DEPTH * UNROLL):
         weights, gains = _ask(lines, norm_weight, start, K, DEPTH, UNROLL)
+        wait_for_last(EARLY)
+        let_next_begin(EARLY)
         # To save registers the compiler moves loads down to where they are used, but not over a barrier: all weights
         # are on their way before the rows are, which come from the cache, and the first sum waits for both.
         tl.debug_barrier()

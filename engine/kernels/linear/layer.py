@@ -171,7 +171,7 @@ def plan_of(parameters: LinearParameters, tiles: Tiles, rows: int, n: int, k: in
         kernel,
         width,
         (programs, tile.splits, 1),
-        (n, k, parameters.activation, tile.outputs, tile.tokens, tile.depth, tile.splits),
+        (n, k, parameters.activation, tile.outputs, tile.tokens, tile.depth, tile.splits, tile.ahead),
         (("num_warps", tile.warps), ("num_stages", tile.stages)),
         parts if tile.splits > 1 else 0,
     )

@@ -48,6 +48,7 @@ _SOURCES = (
     "norm.py",
     "activation.py",
     "launcher.py",
+    "overlap.py",
     "tiles.py",
     "tuning.py",
     "linear_bench.py",

@@ -28,9 +28,12 @@ def storage(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def answers(storage: Path, device: str, precision: str, samples: list[Sample]) -> Iterator[tuple[str, int]]:
+def answers(
+    storage: Path, device: str, precision: str, samples: list[Sample], fusion: str = "off"
+) -> Iterator[tuple[str, int]]:
     """Text and number of tokens of each greedy answer."""
     settings = {"storage": storage, "device": device, "precision": precision, "cache_enabled": False}
+    settings |= {"kernel_fusion": fusion}
     engine = Engine(EngineConfig.from_mapping(settings | {"max_waiting": QUESTIONS, "max_batch_size": 64}))
     try:
         waiting = [ask(engine, _request(sample)) for sample in samples]
@@ -51,11 +54,14 @@ def _outcome(answer: Answer) -> tuple[str, int]:
     return text, answer.finished.usage.completion_tokens
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_greedy_tokens_are_those_of_the_cpu(storage: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "fusion"), [("fp16", "off"), ("bf16", "off"), ("fp16", "on"), ("bf16", "on"), ("int8", "on")]
+)
+def test_greedy_tokens_are_those_of_the_cpu(storage: Path, precision: str, fusion: str) -> None:
+    """int8 against int8: what rounding the weights changes, it changes on both."""
     samples = list(itertools.islice(easy_vqa.test_samples(), QUESTIONS))
-    on_cpu = list(answers(storage, "cpu", "fp32", samples))
-    on_gpu = list(answers(storage, "cuda", precision, samples))
+    on_cpu = list(answers(storage, "cpu", "int8" if precision == "int8" else "fp32", samples))
+    on_gpu = list(answers(storage, "cuda", precision, samples, fusion))
     same = sum(one == other for one, other in zip(on_cpu, on_gpu, strict=True))
-    print(f"{precision}: {same} of {len(samples)} answers are the CPU's")
+    print(f"{precision}, fusion {fusion}: {same} of {len(samples)} answers are the CPU's")
     assert same >= 0.99 * len(samples)

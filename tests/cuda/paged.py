@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.graphs.cuda import CudaGraph, cuda_decoder
 from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.runtime.cuda.decoder import PagedDecoder
-from engine.runtime.cuda.session import GraphSession
+from engine.runtime.cuda.session import CudaSession, GraphSession
 from engine.runtime.cuda.step import PackedStep
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.spec import FloatType, Precision
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Paged:
-    """A decoder on the reference session, or on ONNX Runtime's CPU provider where that has all operators.
+    """A decoder on the reference session, on ONNX Runtime's CPU provider where that has all operators, or on a device.
 
     Every step gives the logits of each part's last token.
     """
@@ -52,6 +52,8 @@ class Paged:
         scales: dict[str, torch.Tensor] | None = None,
         fusion: Fusion = STOCK,
         open_decoding: Callable[[CudaGraph, dict[str, torch.Tensor], Path], GraphSession] | None = None,
+        device: torch.device = CPU,
+        block: int = BLOCK,
     ) -> None:
         """`scales` are those of an int8 cache; `open_decoding` opens the session of a graph for decode steps alone."""
         artifact = tiny.artifact(precision)
@@ -64,24 +66,24 @@ class Paged:
             fusion=fusion,
         )
         graph = make_graph()
-        on_device = DeviceWeights(artifact, CPU)
+        on_device = DeviceWeights(artifact, device)
         decoding = None
         if fusion.attention:
             decode_graph = make_graph(decode=True)
             opened = open_decoding or (lambda graph, weights, folder: ReferenceSession(graph.model, weights))
             decoding = opened(decode_graph, on_device.upload(decode_graph.weights), artifact.folder)
-        self._cpu_provider, self._folder = cpu_provider, artifact.folder
+        self._cpu_provider, self._folder, self._device, self._block = cpu_provider, artifact.folder, device, block
         self.session = self._open(graph, on_device)
         self.dtype = torch_type(activations)
-        self.slot_tokens = torch.zeros(SLOTS + 1, dtype=torch.int32)
-        columns = -(-CONTEXT // BLOCK)
+        self.slot_tokens = torch.zeros(SLOTS + 1, dtype=torch.int32, device=device)
+        columns = -(-CONTEXT // block)
         self.decoder = PagedDecoder(
             self.session,
             tiny.spec.decoder,
             self.slot_tokens,
             dtype=self.dtype,
             blocks=SLOTS * columns + 1,
-            block_size=BLOCK,
+            block_size=block,
             slots=SLOTS,
             context_length=CONTEXT,
             step_tokens=STEP_TOKENS,
@@ -101,6 +103,8 @@ class Paged:
 
     def _open(self, graph: CudaGraph, on_device: DeviceWeights) -> GraphSession:
         weights = on_device.upload(graph.weights)
+        if self._device.type == "cuda":
+            return CudaSession(graph, weights, self._folder, self._device)
         if self._cpu_provider:
             return CpuProviderSession(graph, weights, self._folder)
         return ReferenceSession(graph.model, weights)
@@ -134,7 +138,7 @@ class Paged:
         slots = np.array([part.slot for part in parts], np.int32)
         counts = np.array([part.stop - part.start for part in parts], np.int32)
         past = np.array([part.start for part in parts], np.int32)
-        features, index = _features(parts, self.dtype)
+        features, index = _features(parts, self.dtype, self._device)
         step = PackedStep(
             ids=_joined([part.case.token_ids[part.start : part.stop] for part in parts]),
             positions=np.concatenate([part.case.positions[:, part.start : part.stop] for part in parts], 1).astype(
@@ -142,7 +146,7 @@ class Paged:
             ),
             counts=counts,
             past=past,
-            tables=self._tables[slots, : -(-int((past + counts).max()) // BLOCK)],
+            tables=self._tables[slots, : -(-int((past + counts).max()) // self._block)],
             logits_rows=np.cumsum(counts, dtype=np.int32) - 1,
             slots=slots,
             features=features,
@@ -151,7 +155,7 @@ class Paged:
         )
         logits, given = self.decoder.run(step)
         assert given.tolist() == slots.tolist()
-        return logits.float().numpy().copy()
+        return logits.float().cpu().numpy().copy()
 
 
 def _is_image(part: Part) -> bool:
@@ -162,7 +166,9 @@ def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
     return np.concatenate(parts).astype(np.int32)
 
 
-def _features(parts: Sequence[Part], dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[np.int32]] | tuple[None, None]:
+def _features(
+    parts: Sequence[Part], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, NDArray[np.int32]] | tuple[None, None]:
     """All cases' features behind each other, none if no token of the parts is of an image."""
     index, before = [], 0
     for part in parts:
@@ -172,7 +178,7 @@ def _features(parts: Sequence[Part], dtype: torch.dtype) -> tuple[torch.Tensor, 
     joined = _joined(index)
     if (joined < 0).all():
         return None, None
-    return torch.from_numpy(np.concatenate([part.case.features for part in parts])).to(dtype), joined
+    return torch.from_numpy(np.concatenate([part.case.features for part in parts])).to(device, dtype), joined
 
 
 def prefix_step(case: Case, count: int) -> PackedStep:

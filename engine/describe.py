@@ -28,6 +28,7 @@ class Description:
 
     context: int
     vision: bool = False
+    video: bool = False
     tools: bool = False  # its chat template teaches calls in a form that the engine reads
     thinking: bool = False  # it may reason before it answers, and can be told not to
 
@@ -70,8 +71,12 @@ def _look(folder: str, write: errand.Write) -> None:
     description = Description(spec.decoder.context_length, vision=spec.vision is not None)
     with contextlib.suppress(CheckpointError):  # without a template it can do no more; loading it says so
         template = ChatTemplate(Path(folder), has_images=description.vision)
-        tools = template.tool_format is not None
-        description = replace(description, tools=tools, thinking=template.may_think)
+        description = replace(
+            description,
+            video=spec.tokens.video is not None and template.shows_videos,
+            tools=template.tool_format is not None,
+            thinking=template.may_think,
+        )
     write(asdict(description))
 
 

@@ -1,4 +1,4 @@
-"""Images by URL, fetched so that a request cannot make this machine ask its own network for things.
+"""Images and videos by URL, fetched so that a request cannot make this machine ask its own network for things.
 
 A host name is resolved once, every address it has is judged, and the connection goes to an address that was judged:
 a name server that answers differently the second time (DNS rebinding) changes nothing. Redirects are followed by hand,
@@ -15,25 +15,26 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from engine.config import EngineConfig
-from engine.errors import InvalidImage
-from engine.request import Image, ImageUrl, Message, Part
+from engine.errors import InvalidImage, InvalidVideo
+from engine.request import MAX_VIDEO_MIB, Image, ImageUrl, Message, Part, Video, VideoUrl
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], list[str]]
 
 TIMEOUT_S = 20.0  # for all of it: name, connections, redirects, body
+VIDEO_TIMEOUT_S = 60.0
 MAX_REDIRECTS = 5
 _REQUESTS, _IMAGES = 16, 32  # fetched beside each other
 _BLOCK_BYTES = 1 << 16
 _MOVED = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_HEADERS = {"User-Agent": "Tessera", "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"}
+_HEADERS = {"User-Agent": "Tessera", "Accept": "image/*, video/*, */*;q=0.1", "Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class FetchLimits:
     max_bytes: int
     allow_private: bool = False
     timeout_s: float = TIMEOUT_S
+    hint: str = "send a smaller file, or raise max_image_mib"  # where a file is larger
 
 
 def system_addresses(host: str, port: int) -> list[str]:
@@ -52,7 +54,7 @@ def system_addresses(host: str, port: int) -> list[str]:
 
 
 def fetch_image(url: str, limits: FetchLimits, *, resolve: Resolve = system_addresses) -> bytes:
-    """The bytes behind an http or https URL; whether they are an image is for the decoder to say.
+    """The bytes behind an http or https URL; whether they are an image or a video is for the decoder to say.
 
     Raises InvalidImage with a sentence that leaves out the URL's query, which may hold a signature.
     """
@@ -66,26 +68,50 @@ def fetch_image(url: str, limits: FetchLimits, *, resolve: Resolve = system_addr
     raise InvalidImage(f"{_shown(target)} was redirected more than {MAX_REDIRECTS} times; give the image's own address")
 
 
+def fetch_video(url: str, limits: FetchLimits) -> bytes:
+    """As `fetch_image`, but for the error's class. Raises InvalidVideo."""
+    try:
+        return fetch_image(url, limits)
+    except InvalidImage as error:
+        raise InvalidVideo(str(error).replace("an image's address", "a video's address")) from error
+
+
 class ImageFetcher:
-    """Puts images in the place of their URLs. Its threads wait for servers, so that no others have to."""
+    """Puts images and videos in the place of their URLs. Its threads wait for servers, so that no others have to."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._limits = FetchLimits(config.max_image_mib << 20, allow_private=config.allow_private_images)
+        allow_private = config.allow_private_images
+        self._limits = FetchLimits(config.max_image_mib << 20, allow_private=allow_private)
+        self._video_limits = FetchLimits(
+            MAX_VIDEO_MIB << 20, allow_private=allow_private, timeout_s=VIDEO_TIMEOUT_S, hint="cut the video"
+        )
         self.pool = ThreadPoolExecutor(_REQUESTS, "engine-fetch-request")  # for what calls `fetched`
         self._images = ThreadPoolExecutor(_IMAGES, "engine-fetch-image")
 
     def fetched(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages with an Image for every ImageUrl. Blocks. Raises InvalidImage for the first that fails."""
-        urls = {part.url for message in messages for part in message.parts if isinstance(part, ImageUrl)}
-        images = {url: self._images.submit(fetch_image, url, self._limits) for url in urls}
+        """The messages with an Image for every ImageUrl, a Video for every VideoUrl. Blocks.
 
-        def image(part: Part) -> Part:
-            return Image(images[part.url].result(), part.detail) if isinstance(part, ImageUrl) else part
+        Raises InvalidImage or InvalidVideo for the first that fails.
+        """
+        parts = [part for message in messages for part in message.parts]
+        images = {part.url for part in parts if isinstance(part, ImageUrl)}
+        videos = {part.url for part in parts if isinstance(part, VideoUrl)}
+        files: dict[tuple[type, str], Future[bytes]]
+        files = {(ImageUrl, url): self._images.submit(fetch_image, url, self._limits) for url in images}
+        files |= {(VideoUrl, url): self._images.submit(fetch_video, url, self._video_limits) for url in videos}
+
+        def fetched(part: Part) -> Part:
+            match part:
+                case ImageUrl(url, detail):
+                    return Image(files[ImageUrl, url].result(), detail)
+                case VideoUrl(url):
+                    return Video(files[VideoUrl, url].result())
+            return part
 
         try:
-            return tuple(replace(message, parts=tuple(map(image, message.parts))) for message in messages)
+            return tuple(replace(message, parts=tuple(map(fetched, message.parts))) for message in messages)
         finally:
-            for waiting in images.values():
+            for waiting in files.values():
                 waiting.cancel()
 
     def close(self) -> None:
@@ -188,7 +214,7 @@ def _judged(host: str, addresses: list[str], limits: FetchLimits) -> Iterator[st
             refused.append(text)
     if refused and not allowed:
         raise InvalidImage(
-            f"images are not fetched from {host}, whose address {refused[0]} is not a public one; send the file itself"
+            f"files are not fetched from {host}, whose address {refused[0]} is not a public one; send the file itself"
             " (MULTIMODAL_SEND_FORMAT=base64), or allow private addresses in Tessera's settings (allow_private_images)"
         )
 
@@ -250,8 +276,7 @@ def _body(response: http.client.HTTPResponse, limits: FetchLimits, name: str) ->
 
 def _too_large(name: str, limits: FetchLimits) -> InvalidImage:
     return InvalidImage(
-        f"{name} is larger than {limits.max_bytes >> 20} MiB, the limit for images by URL; send a smaller file, or"
-        " raise max_image_mib"
+        f"{name} is larger than {limits.max_bytes >> 20} MiB, the limit for such files by URL; {limits.hint}"
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from operator import attrgetter
 from typing import IO, Any
@@ -22,26 +22,11 @@ from typing import IO, Any
 import msgpack  # type: ignore[import-untyped]
 
 from engine.errors import EngineError, InvalidRequest, error_from_code
-from engine.request import (
-    Chunk,
-    Finished,
-    Image,
-    ImageUrl,
-    Message,
-    Part,
-    Request,
-    SamplingParams,
-    Text,
-    Timings,
-    Tool,
-    ToolCall,
-    Usage,
-    Video,
-    VideoUrl,
-)
+from engine.request import Chunk, Finished, Message, Request, SamplingParams, Timings, Tool, ToolCall, Usage
+from engine.wire_parts import part_from_plain, part_to_plain
 
-VERSION, MAX_FRAME_BYTES = 4, 512 << 20
-_NAMES = {Image: "image", ImageUrl: "image_url", Video: "video", VideoUrl: "video_url"}
+VERSION = 4
+MAX_FRAME_BYTES = 512 << 20
 CONNECTION = 0  # the number that stands for the connection, not for a request
 
 _LENGTH = struct.Struct("<I")
@@ -268,7 +253,7 @@ def _message_to_plain(message: Query | Answer) -> list[Any]:
 
 
 def _plain(messages: tuple[Message, ...]) -> list[Any]:
-    return [[m.role, [_part_to_plain(part) for part in m.parts], _plain_calls(m), m.tool_call_id] for m in messages]
+    return [[m.role, [part_to_plain(part) for part in m.parts], _plain_calls(m), m.tool_call_id] for m in messages]
 
 
 def _plain_calls(holder: Message | Chunk) -> list[list[str]]:
@@ -277,17 +262,6 @@ def _plain_calls(holder: Message | Chunk) -> list[list[str]]:
 
 def _plain_tools(tools: tuple[Tool, ...]) -> list[list[str]]:
     return [[tool.name, tool.description, tool.parameters] for tool in tools]
-
-
-def _part_to_plain(part: Part) -> Any:
-    """A text becomes a string, an image bytes; one to be fetched or of low detail an array, as are videos."""
-    match part:
-        case Text(text):
-            return text
-        case Image(data, "high"):
-            return data
-        case _:
-            return [_NAMES[type(part)], *astuple(part)]
 
 
 def _reply_to_plain(number: int, reply: Reply) -> list[Any]:
@@ -350,7 +324,7 @@ def _messages(plain: Any) -> tuple[Message, ...]:
 def _message(plain: Any) -> Message:
     match plain:
         case ["system" | "user" | "assistant" | "tool" as role, list(parts), list(calls), str(call_id)]:
-            return Message(role, tuple(_part(part) for part in parts), _calls(calls), call_id)
+            return Message(role, tuple(part_from_plain(part) for part in parts), _calls(calls), call_id)
     raise InvalidRequest("the request is malformed: a message needs a role (system, user, assistant or tool) and parts")
 
 
@@ -367,23 +341,6 @@ def _texts(plain: Any) -> list[str]:
         case [str(name), str(second), str(third)]:
             return [name, second, third]
     raise InvalidRequest(f"the request is malformed: a tool, or a call of one, is three texts, not {str(plain)[:200]}")
-
-
-def _part(plain: Any) -> Part:
-    match plain:
-        case str(text):
-            return Text(text)
-        case bytes(data):
-            return Image(data)
-        case ["image", bytes(data), "low" | "high" as detail]:
-            return Image(data, detail)
-        case ["image_url", str(url), "low" | "high" as detail]:
-            return ImageUrl(url, detail)
-        case ["video", bytes(data)]:
-            return Video(data)
-        case ["video_url", str(url)]:
-            return VideoUrl(url)
-    raise InvalidRequest(f"the request is malformed: a part must be text, image or video, not {type(plain).__name__}")
 
 
 def _require_version(version: Any) -> None:

@@ -131,6 +131,8 @@ def _stream(file: InputContainer) -> VideoStream:
     covers = av.stream.Disposition.attached_pic
     for stream in file.streams.video:
         if not stream.disposition & covers:
+            if stream.codec_context is None:  # whatever its declared type says
+                raise InvalidVideo("the video is damaged, or made by an encoder that cannot be read; send H.264 in MP4")
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = _THREADS
             return stream

@@ -78,6 +78,7 @@ def _schema(model: str, description: Description, rules: Sequence[ParameterRule]
 def _features(description: Description) -> list[ModelFeature]:
     return [
         *((ModelFeature.VISION,) if description.vision else ()),
+        *((ModelFeature.VIDEO,) if description.video else ()),
         ModelFeature.STRUCTURED_OUTPUT,
         *(CALLS if description.tools else ()),
     ]

@@ -10,16 +10,18 @@ from typing import Any
 from dify_plugin.entities.model.message import (
     AssistantPromptMessage,
     ImagePromptMessageContent,
+    MultiModalPromptMessageContent,
     PromptMessage,
     PromptMessageContent,
     PromptMessageRole,
     PromptMessageTool,
     TextPromptMessageContent,
     ToolPromptMessage,
+    VideoPromptMessageContent,
 )
 
-from engine.errors import InvalidImage, InvalidRequest
-from engine.request import Detail, Image, ImageUrl, Message, Part, Request, Role, Text
+from engine.errors import EngineError, InvalidImage, InvalidRequest, InvalidVideo
+from engine.request import Detail, Image, ImageUrl, Message, Part, Request, Role, Text, Video, VideoUrl
 from models.llm.parameters import enable_thinking, sampling_params
 from models.llm.tools import engine_calls, engine_tools
 
@@ -39,7 +41,7 @@ def engine_request(
     stop: Sequence[str] | None = None,
     tools: Sequence[PromptMessageTool] | None = None,
 ) -> Request:
-    """Raises InvalidRequest, InvalidImage or InvalidParameter with a sentence for the user."""
+    """Raises InvalidRequest or one of its children with a sentence for the user."""
     return Request(
         model,
         engine_messages(prompt_messages),
@@ -78,21 +80,36 @@ def _content_parts(contents: Iterable[PromptMessageContent]) -> Iterable[Part]:
                     yield Text(text)
             case ImagePromptMessageContent():
                 yield _image(content)
+            case VideoPromptMessageContent():
+                yield _video(content)
             case _:
                 kind = str(getattr(content, "type", type(content).__name__))
-                raise InvalidRequest(f"this model reads text and images; it cannot read {kind} files: remove them")
+                raise InvalidRequest(f"text, images and videos can be read; {kind} files cannot: remove them")
 
 
 def _image(content: ImagePromptMessageContent) -> Image | ImageUrl:
-    """Accepts what Dify sends (base64 beside a MIME type, or a URL) and data URIs in either field."""
+    source = _source(content, "image", InvalidImage)
+    return Image(source, _detail(content)) if isinstance(source, bytes) else ImageUrl(source, _detail(content))
+
+
+def _video(content: VideoPromptMessageContent) -> Video | VideoUrl:
+    source = _source(content, "video", InvalidVideo)
+    return Video(source) if isinstance(source, bytes) else VideoUrl(source)
+
+
+def _source(content: MultiModalPromptMessageContent, kind: str, invalid: type[EngineError]) -> bytes | str:
+    """A file or its URL: what Dify sends (base64 beside a MIME type, or a URL), and data URIs in either field."""
     source = content.base64_data or content.url
     if source.startswith("data:"):
         source = source.partition(",")[2]
     elif not content.base64_data and source:
-        return ImageUrl(source, _detail(content))
+        return source
     if not source:
-        raise InvalidImage(f"the image {content.filename!r} is empty" if content.filename else "an image is empty")
-    return Image(_decode_base64(source), _detail(content))
+        raise invalid(f"the {kind} {content.filename!r} is empty" if content.filename else f"the {kind} is empty")
+    try:
+        return _decode_base64(source)
+    except ValueError as problem:
+        raise invalid(f"the {kind} is not valid base64 ({problem}); send the file's bytes as base64") from None
 
 
 def _detail(content: ImagePromptMessageContent) -> Detail:
@@ -102,11 +119,9 @@ def _detail(content: ImagePromptMessageContent) -> Detail:
 
 
 def _decode_base64(text: str) -> bytes:
+    """Raises ValueError."""
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:  # some senders break lines or leave out the padding
         compact = "".join(text.split()).rstrip("=")
-    try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except ValueError as problem:
-        raise InvalidImage(f"an image is not valid base64 ({problem}); send the file's bytes as base64") from None
+    return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)

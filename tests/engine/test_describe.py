@@ -45,6 +45,15 @@ def test_its_template_says_whether_it_calls_tools_and_thinks(
     assert describe(folder) == Description(context=100, tools=tools, thinking=thinking)
 
 
+def test_a_model_reads_videos_where_family_and_template_do(tmp_path: Path) -> None:
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(QWEN_TEMPLATE)
+    folder = folder_with(tmp_path, model_type="qwen2_5_vl", max_position_embeddings=100)
+    assert describe(folder) == Description(context=100, vision=True, video=True)
+    template.write_text(QWEN_TEMPLATE.replace("<|vision_start|><|video_pad|><|vision_end|>", ""))
+    assert describe(folder) == Description(context=100, vision=True, video=False)
+
+
 def test_a_configuration_that_changed_is_read_again(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, model_type="qwen3", max_position_embeddings=100)
     assert describe(folder).context == 100

@@ -23,12 +23,15 @@ from engine.request import (
     Tool,
     ToolCall,
     Usage,
+    Video,
+    VideoUrl,
 )
 
 MESSAGES = (
     Message("system", (Text("Answer in one word."),)),
     Message("user", (Image(bytes(range(256))), Text("Was ist das? 是什么 \ud800"), Image(b""))),
     Message("user", (ImageUrl("https://example.com/a.png?sign=1"), ImageUrl("https://x", "low"), Image(b"x", "low"))),
+    Message("user", (Video(b"x"), VideoUrl("https://example.com/a.mp4?sign=1"))),
 )
 REQUEST = Request(
     "demo", MESSAGES, SamplingParams(temperature=0.5, seed=2**63 - 1, stop=("\n", "END"), max_tokens=7), timeout_s=1.5

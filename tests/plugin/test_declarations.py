@@ -138,6 +138,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "max_image_mib": ("20 MB", "0", "257", "1.5"),
     "allow_private_images": ("yes", "1"),
     "max_images": ("all", "0", "10001"),
+    "max_video_tokens": ("all", "63", "1048577", "1.5"),
     "cache_enabled": ("no", "0"),
     "answer_cache_mib": ("1 GB", "0", "1048577"),
     "feature_cache_mib": ("1 GB", "0", "1048577"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from dify_plugin.entities.model.message import PromptMessage, ensure_prompt_message
 
-from engine.errors import InvalidImage, InvalidParameter, InvalidRequest
-from engine.request import Detail, Image, ImageUrl, Message, SamplingParams, Text
+from engine.errors import InvalidImage, InvalidParameter, InvalidRequest, InvalidVideo
+from engine.request import Detail, Image, ImageUrl, Message, SamplingParams, Text, Video, VideoUrl
 from models.llm.parameters import sampling_params
 from models.llm.prompt import engine_messages, engine_request
 
@@ -93,7 +93,24 @@ def test_an_empty_image_is_refused_by_name() -> None:
         engine_messages([said("user", [image(filename="a.png")])])
 
 
-@pytest.mark.parametrize("kind", ["audio", "video", "document"])
+def test_a_video_arrives_as_its_bytes_or_is_left_to_the_engine_to_fetch() -> None:
+    common = {"type": "video", "format": "mp4", "mime_type": "video/mp4"}
+    contents = [{"base64_data": BASE64}, {"url": f"data:video/mp4;base64,{BASE64}"}, {"url": "https://x.example/a.mp4"}]
+    (message,) = engine_messages([said("user", [common | content for content in contents])])
+    assert message.parts == (Video(BYTES), Video(BYTES), VideoUrl("https://x.example/a.mp4"))
+    with pytest.raises(InvalidVideo, match="base64"):
+        engine_messages([said("user", [common | {"base64_data": "not base64!"}])])
+    with pytest.raises(InvalidVideo, match=r"'a\.mp4' is empty"):
+        engine_messages([said("user", [common | {"filename": "a.mp4"}])])
+
+
+def test_a_video_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.request.MAX_VIDEO_MIB", 0)
+    with pytest.raises(InvalidVideo, match="the limit is 0 MiB"):
+        Video(BYTES)
+
+
+@pytest.mark.parametrize("kind", ["audio", "document"])
 def test_other_files_are_refused_by_kind(kind: str) -> None:
     content = {"type": kind, "format": "x", "mime_type": "x/y", "base64_data": BASE64}
     with pytest.raises(InvalidRequest, match=kind):

@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from engine.families.qwen2_vl import NORM
 from engine.preprocess import ImageInput
 from engine.request import Image, Message, Text
 from engine.spec import ModelSpec, QwenVisionSpec
@@ -179,7 +180,8 @@ def qwen2_vl(folder: Path, *, template: str = QWEN_TEMPLATE) -> Reference:
     )
     processor = Qwen2VLProcessor(images, tokenizer, videos, chat_template=template)  # type: ignore[no-untyped-call]
     processor.save_pretrained(folder)
-    return Reference(folder, qwen_spec(image=processor.image_token_id, video=processor.video_token_id), processor)
+    spec = qwen_spec(image=processor.image_token_id, video=processor.video_token_id)
+    return Reference(folder, _with_vision(spec, norm=NORM), processor)
 
 
 def qwen3_vl(folder: Path) -> Reference:
@@ -196,8 +198,12 @@ def qwen3_vl(folder: Path) -> Reference:
     processor = Qwen3VLProcessor(images, tokenizer, videos, QWEN_TEMPLATE)  # type: ignore[no-untyped-call]
     processor.save_pretrained(folder)
     spec = qwen_spec(patch=16, image=processor.image_token_id, video=processor.video_token_id)
+    return Reference(folder, _with_vision(spec, timestamps=True), processor)
+
+
+def _with_vision(spec: ModelSpec, **changes: Any) -> ModelSpec:
     assert isinstance(spec.vision, QwenVisionSpec)
-    return Reference(folder, replace(spec, vision=replace(spec.vision, timestamps=True)), processor)
+    return replace(spec, vision=replace(spec.vision, **changes))
 
 
 def gemma3(folder: Path) -> Reference:

@@ -15,7 +15,7 @@ from engine.runtime.cuda.session import Binding
 from engine.runtime.cuda.weights import DeviceWeights
 from engine.spec import FloatType, Precision, SiglipSpec
 from tests.cuda.reference import ReferenceSession
-from tests.runtime.cases import Picture, pictures, relative_error
+from tests.runtime.cases import Picture, films, pictures, relative_error
 from tests.runtime.conftest import Tiny, tiny_vlm
 
 __all__ = ["tiny_vlm"]
@@ -92,6 +92,22 @@ def test_a_call_takes_as_many_images_as_it_may_and_never_none(tiny_vlm: Tiny) ->
         assert len(limited._session.runs) == expected, limit  # type: ignore[attr-defined]
         assert relative_error(as_array(found), as_array(tower.encode(images))) < 1e-5
     assert tower.encode([]) == []
+
+
+def test_videos_have_the_features_that_they_have_on_a_cpu(tiny_vlm: Tiny) -> None:
+    """Among images, in several calls, one of which ends within a video, and alone."""
+    if isinstance(tiny_vlm.spec.vision, SiglipSpec):
+        pytest.skip("a family without videos")
+    images = mixed(tiny_vlm)
+    first, second = films(tiny_vlm.spec, [(3, 4, 6), (2, 2, 2)], seed=5)
+    shown = [images[0], first, images[1], images[2], second, images[3]]
+    wanted = tiny_vlm.encoder("fp32").encode(shown)
+    tower = encoder(tiny_vlm, "fp32", "float32")
+    assert error(tower.encode(shown), tiny_vlm, "fp32", shown) < 1e-4
+    limited = encoder(tiny_vlm, "fp32", "float32", patches_per_call=50)
+    assert error(limited.encode(shown), tiny_vlm, "fp32", shown) < 1e-4
+    assert len(limited._session.runs) == 6  # type: ignore[attr-defined]
+    assert relative_error(as_array(tower.encode([first])), wanted[1]) < 1e-4
 
 
 def test_a_rehearsal_encodes_as_many_tokens_as_it_is_told(tiny_vlm: Tiny) -> None:

@@ -60,6 +60,19 @@ def pictures(spec: ModelSpec, shapes: Sequence[tuple[int, int]], seed: int) -> l
     return made
 
 
+def films(spec: ModelSpec, grids: Sequence[tuple[int, int, int]], seed: int) -> list[Picture]:
+    """One video per grid, (temporal patches, height and width in patches), all frames different."""
+    random = np.random.default_rng(seed)
+    assert isinstance(spec.vision, QwenVisionSpec)
+    made = []
+    for times, height, width in grids:
+        side = spec.vision.patch
+        size = (times * spec.vision.temporal_patch, 3, height * side, width * side)
+        tokens = times * height * width // spec.vision.merge**2
+        made.append(Picture(random.integers(0, 256, size, dtype=np.uint8), (times, height, width), tokens))
+    return made
+
+
 def make_case(model: PreTrainedModel, spec: ModelSpec, images: list[Picture], length: int, seed: int) -> Case:
     """Random text around the images, `length` tokens in all."""
     random = np.random.default_rng(seed)
@@ -115,9 +128,14 @@ def _reference_inputs(
             return {"pixel_values": values, "token_type_ids": types}
         return {"pixel_values": values[None]}
     channels = np.concatenate([still_patches(spec.vision, image.pixels) for image in images])
-    patches = _normalise(channels.swapaxes(1, 2), spec.vision.norm).swapaxes(1, 2).reshape(len(channels), -1)
+    patches = normalised(channels, spec.vision.norm)
     grid = torch.tensor([image.grid for image in images])
     return {"pixel_values": torch.tensor(patches), "image_grid_thw": grid, "mm_token_type_ids": types}
+
+
+def normalised(patches: NDArray[np.uint8], norm: PixelNorm) -> NDArray[np.float32]:
+    """[patches, 3, n] to [patches, 3 * n]."""
+    return _normalise(patches.swapaxes(1, 2), norm).swapaxes(1, 2).reshape(len(patches), -1)
 
 
 def still_patches(spec: QwenVisionSpec, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -169,12 +187,13 @@ def pieces(spec: DecoderSpec, case: Case, start: int, stop: int, chunk: int = 1 
 
 def decode(decoder: Decoder, steps: Sequence[tuple[int, Case, int]]) -> NDArray[np.float32]:
     """One step for (row, case, tokens the row holds) each."""
-    return decoder.decode(
+    logits = decoder.decode(
         [row for row, _, _ in steps],
         np.array([case.token_ids[length] for _, case, length in steps]),
         np.stack([case.positions[:, length] for _, case, length in steps], axis=1),
         np.array([length for _, _, length in steps]),
     )
+    return logits.copy()  # the decoder's own would be the next call's
 
 
 def decode_again(decoder: Decoder, steps: Sequence[tuple[int, Case, int]]) -> NDArray[np.float32]:

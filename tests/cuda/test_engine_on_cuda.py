@@ -12,11 +12,12 @@ import pytest
 from engine.engine import Engine
 from engine.errors import ContextOverflow
 from engine.graphs.cuda.fused import Fusion
-from engine.request import Request
+from engine.request import Image, Request, Video
 from tests.cuda.conftest import StartOnGpu
 from tests.cuda.fake_device import FakeGpu, decoder_of, settle
-from tests.engine.asking import ask, mixed_requests, picture, replica, request
+from tests.engine.asking import about, ask, mixed_requests, picture, replica, request
 from tests.engine.conftest import Start
+from tests.preprocess.films import film
 
 SIZES = {
     "demo": [(64, 64), (128, 100)],
@@ -52,6 +53,15 @@ def on_cpu(start: Start, requests: Iterable[Request]) -> list[Result]:
 )
 def test_greedy_answers_are_those_of_the_cpu(start: Start, on_gpu: StartOnGpu, model: str, count: int) -> None:
     requests = greedy(count, model)
+    assert together(on_gpu(), requests) == on_cpu(start, requests)
+
+
+def test_answers_about_videos_are_those_of_the_cpu(start: Start, on_gpu: StartOnGpu) -> None:
+    """Beside images, and decoding rows of others."""
+    options: dict[str, Any] = {"model": "tiny-qwen2-vl", "max_tokens": 20, "ignore_eos": True}
+    shown = [Video(film(frames, (90, 64), seed=frames).file) for frames in (12, 31, 40)]
+    requests = [about(video, Image(picture(7, (56, 84))), text="what?", **options) for video in shown]
+    requests += greedy(4, "tiny-qwen2-vl")
     assert together(on_gpu(), requests) == on_cpu(start, requests)
 
 

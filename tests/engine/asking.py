@@ -88,6 +88,11 @@ def request(*parts: str | bytes, model: str = "demo", timeout_s: float | None = 
     return Request(model, (Message("user", tuple(content)),), SamplingParams(**sampling), timeout_s)
 
 
+def about(*shown: Part, text: str, model: str, **sampling: Any) -> Request:
+    """One user turn: what is shown, then the text."""
+    return Request(model, (Message("user", (*shown, Text(text))),), SamplingParams(**sampling))
+
+
 def picture(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
     """A PNG that no other seed gives."""
     random = np.random.default_rng(seed)

@@ -95,6 +95,7 @@ def _qwen2_vl(folder: Path) -> None:
         text_config=_text(len(tokenizer)) | {"rope_parameters": rope, "eos_token_id": tokenizer.eos_token_id},
         vision_config={"depth": 2, "embed_dim": 72, "hidden_size": 64, "num_heads": 3, "mlp_ratio": 2},
         image_token_id=reference.spec.tokens.image,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )

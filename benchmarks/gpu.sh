@@ -98,7 +98,7 @@ run_all() {
     decode decode-plain 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --profile
     decode decode-mixed 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --sampling mixed
     decode decode-mrope 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --rotary mrope
-    decode decode-int8 240 $qwen --precision int8 --batch 1,8,32,64,128
+    decode decode-int8 240 $qwen --precision int8 --kernel-fusion off --batch 1,8,32,64,128
     decode decode-int8-kv 240 $qwen "${fp16[@]}" --kv-precision int8 --batch 1,8,32,64,128
     decode decode-fp32 180 $qwen --precision fp32 --batch 1,8 --steps 24
     decode decode-qwen3-vl-2b 180 qwen3-vl-2b "${fp16[@]}" --batch 1,32 --steps 32

@@ -228,10 +228,13 @@ def open_bench(
 
 
 def _open_all_int8(name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
-    from engine.runners.fusion import Parts, wanted_fusion  # these import torch
+    import torch
+
+    from engine.runners.fusion import Parts, wanted_fusion
     from engine.runners.open_cuda import open_cuda
 
-    return open_cuda(name, artifact, config, index, Parts(wanted_fusion(artifact, config)))
+    wanted = wanted_fusion(artifact, config, torch.device("cuda", index))
+    return open_cuda(name, artifact, config, index, Parts(wanted))
 
 
 def decoder_spec(model: str, storage: Path) -> DecoderSpec:

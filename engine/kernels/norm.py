@@ -215,8 +215,8 @@ def _multiply(values: tl.tuple, others: tl.tuple) -> tl.tuple:
 
 @triton.jit
 def _centre(values: tl.tuple, WIDTH: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tuple:
-    """Less their mean, and still 0 beyond the row's end."""
-    mean = _sums(values) / WIDTH
+    """Less their mean, and still 0 beyond the row's end. Rounded as it should be: equal values leave nothing."""
+    mean = tl.div_rn(_sums(values), WIDTH + 0.0)
     centred: tl.tuple = ()
     for piece in tl.static_range(len(values)):
         columns = (piece * COLUMNS + tl.arange(0, COLUMNS))[None, :]

@@ -52,7 +52,7 @@ def open_sessions(
 ) -> Sessions:
     """For calls of up to `step_tokens` tokens. Raises torch.OutOfMemoryError."""
     spec, checkpoint = artifact.spec, find_checkpoint(name, config.storage)
-    wanted = wanted_fusion(artifact, config, parts)
+    wanted = wanted_fusion(artifact, config, device, parts)
     rows = max(step_tokens, calibration_tokens(checkpoint, spec)) if wanted.linear else step_tokens
     fusion, register = open_fusion(wanted, artifact, config, torch_type(activations), device, rows, block_size, parts)
     weights = DeviceWeights(artifact, device)

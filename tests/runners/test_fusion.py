@@ -34,7 +34,7 @@ class Opening:
         artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B), precision=precision)
         config = EngineConfig(storage=self.storage, kernel_fusion="on", max_batch_size=24)
         device = torch.device("cpu")
-        wanted = wanted_fusion(artifact, config, parts)
+        wanted = wanted_fusion(artifact, config, device, parts)
         return open_fusion(wanted, artifact, config, torch.bfloat16, device, 1024 + 24, block_size=256, parts=parts)[0]
 
     def keep_compiled(self, folder: Path) -> None:
@@ -90,3 +90,23 @@ def test_kernels_that_cannot_be_compiled_are_not_tuned(opening: Opening, monkeyp
     monkeypatch.setattr(operators, "try_out", fail)
     assert opening() == STOCK
     assert "tune" not in opening.events
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision", "capability", "wanted"),
+    [
+        ("auto", "int8", (9, 0), BOTH),
+        ("auto", "int8", (8, 6), STOCK),
+        ("auto", "bf16", (9, 0), STOCK),
+        ("on", "bf16", (8, 6), Fusion(linear=False, attention=True)),
+        ("on", "fp32", (9, 0), STOCK),
+        ("off", "int8", (9, 0), STOCK),
+    ],
+)
+def test_auto_takes_our_operators_where_they_were_measured(
+    setting: Any, precision: str, capability: tuple[int, int], wanted: Fusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B), precision=precision)
+    config = EngineConfig(kernel_fusion=setting)
+    assert wanted_fusion(artifact, config, torch.device("cuda", 0)) == wanted

@@ -48,7 +48,7 @@ def _moments(row: tl.tensor, K: tl.constexpr, DEPTH: tl.constexpr, EPSILON: tl.c
     total = tl.zeros([DEPTH], tl.float32)
     for start in range(0, K, DEPTH):
         total += _read(row, start + tl.arange(0, DEPTH), K, DEPTH).to(tl.float32)
-    mean = tl.sum(total, 0) / K
+    mean = tl.div_rn(tl.sum(total, 0), K + 0.0)
     squares = tl.zeros([DEPTH], tl.float32)
     for start in range(0, K, DEPTH):
         k = start + tl.arange(0, DEPTH)

@@ -34,7 +34,7 @@ from engine.request import Chunk, Event, Message, Request, Tool
 COUNTING_THREADS = 4
 MERGE_EVERY = 64  # replies of one request that wait before their chunks are joined
 BUSY_STREAMS = 4
-PACE_S = 0.1  # still ten updates a second for whoever reads along
+PACE_S = 0.02
 
 log = logging.getLogger(__name__)
 

@@ -4,39 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.preprocess import ImageInput
+from engine.runners.ordered_memory import OrderedMemory
 from engine.runners.shared_work import SharedWork
+from engine.runners.step_thread import StepThread, Turn
 from engine.runtime import Decoder, Encoder
 from engine.sampling import NO_TOKEN, constrain, sample
+from engine.scheduling.kv_cache import KVMemory
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
 from engine.scheduling.sequence import Sequence
 from engine.spec import ModelSpec
 from engine.stats import ModelMemory, resident_bytes
 
+_PENDING = -1  # instead of a token that a step under way chooses
 
-class FinishedStep:
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """The decoding sequences as they are when a step is launched: they go on while it waits for its turn."""
+
+    rows: list[int]
+    tokens: NDArray[np.int64]  # [B], or _PENDING
+    lengths: NDArray[np.int64]  # [B]
+    positions: NDArray[np.int64]  # [1, B], the same on all axes
+    sampled: list[int] | None  # places of those that get a token, None for all
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    chunk: PrefillChunk
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    decode: _Decode | None
+    prefill: list[_Prefill]
+    sampled: list[Sequence]
+    rows: list[int]  # of the sampled ones
+    changes: list[Turn[None]]  # of rows, before
+
+
+class LaunchedStep:
     """Implements `StepResult`."""
 
-    def __init__(self, sequences: list[Sequence], tokens: list[int]) -> None:
+    def __init__(self, sequences: list[Sequence], tokens: Turn[list[int]]) -> None:
         self.sequences = sequences
         self._tokens = tokens
 
     def tokens(self) -> list[int]:
-        return self._tokens
+        return self._tokens.result()
 
 
 class CpuRunner:
     """Implements `Runner`. The tower takes as long as many steps, and the decoder leaves cores free.
 
-    `prefill_threads` of them compute prompts while the step's decode call runs.
+    `prefill_threads` of them compute prompts while the step's decode call runs. Where there are some, a step is
+    launched before the last one's tokens are read, so that the step loop's code runs beside the model's. Where the
+    decoder has all cores, the step too many that an answer's end costs would be dear.
     """
-
-    lag = 0
 
     def __init__(
         self,
@@ -51,19 +84,35 @@ class CpuRunner:
         self._spec = spec
         self.decoder = decoder
         self.tower = encoder
+        # Two, because a turn of the loop may wait for the interpreter or a core for longer than a step takes. States
+        # are kept where a chunk ends, which the next step would go past.
+        self.lag = 2 if prefill_threads and spec.decoder.delta_net is None else 0
         self._eos = [token for token in spec.tokens.eos if token < spec.decoder.vocab]
         self._weight_bytes = weight_bytes
         self._kv_bytes = kv_bytes
+        self._stepping = StepThread("engine-decode")
         self._encoding = ThreadPoolExecutor(1, "engine-encode")
         self._prefilling = ThreadPoolExecutor(max(1, prefill_threads), "engine-prefill")
         self._prefill_threads = prefill_threads
+        self._memory = OrderedMemory(decoder, self._stepping)
+        self._newest = np.zeros(decoder.rows, np.int64)  # token of each row; the stepping thread's
 
-    def launch(self, plan: StepPlan) -> FinishedStep:
+    @property
+    def kv_memory(self) -> KVMemory:
+        """The rows' memory for whoever gives them to sequences."""
+        return self._memory
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         sampled = plan.sampled
-        logits = self._logits(plan)
-        tokens = self._sample(logits, sampled)
+        step = _Step(
+            _decode(plan.decode, self._place) if plan.decode else None,
+            [_Prefill(chunk, self._place(chunk.sequence)) for chunk in plan.prefill],
+            sampled,
+            [self._place(sequence) for sequence in sampled],
+            self._memory.take_changes(),
+        )
         plan.advance(sampled)
-        return FinishedStep(sampled, tokens)
+        return LaunchedStep(sampled, self._stepping.submit(partial(self._run, step)))
 
     def encode(self, images: list[ImageInput]) -> Future[list[Any]]:
         assert self.tower is not None, "This is a bug: images were accepted for a text-only model."
@@ -82,19 +131,31 @@ class CpuRunner:
         )
 
     def close(self) -> None:
+        self._stepping.close()
         self._encoding.shutdown(cancel_futures=True)
         self._prefilling.shutdown()
 
-    def _logits(self, plan: StepPlan) -> list[NDArray[np.float32]]:
+    def _place(self, sequence: Sequence) -> int:
+        assert sequence.row is not None, "This is a bug: a waiting sequence is in no step."
+        return self._memory.place(sequence.row)
+
+    def _run(self, step: _Step) -> list[int]:
+        for change in step.changes:
+            change.result()
+        tokens = self._sample(self._logits(step), step.sampled)
+        if tokens:
+            self._newest[step.rows] = [max(0, token) for token in tokens]  # one without a token is about to fail
+        return tokens
+
+    def _logits(self, step: _Step) -> list[NDArray[np.float32]]:
         """[B, vocab] of the decoding sequences that get a token now, then [1 or 0, vocab] of each chunk."""
-        prefill = SharedWork(self._prefill, plan.prefill)
-        for chunk in plan.prefill:
-            assert chunk.sequence.row is not None
-            self.decoder.announce(chunk.sequence.row, chunk.stop)
-        idle = min(self._prefill_threads, len(plan.prefill) - (not plan.decode))
+        prefill = SharedWork(self._prefill, step.prefill)
+        for part in step.prefill:
+            self.decoder.announce(part.row, part.chunk.stop)
+        idle = min(self._prefill_threads, len(step.prefill) - (step.decode is None))
         helpers = [self._prefilling.submit(prefill.run) for _ in range(idle)]
         try:
-            decoded = [self._decode(plan.decode)] if plan.decode else []
+            decoded = [self._decode(step.decode)] if step.decode is not None else []
             prefill.run()
         finally:
             problems = [helper.exception() for helper in helpers]  # they write to rows, which a failed step gives back
@@ -118,13 +179,13 @@ class CpuRunner:
                 sequence.sampler.commit(token)
         return tokens
 
-    def _prefill(self, chunk: PrefillChunk) -> NDArray[np.float32]:
+    def _prefill(self, part: _Prefill) -> NDArray[np.float32]:
         """Logits [1, vocab] of the chunk's last token, or [0, vocab] of one that gives none."""
+        chunk = part.chunk
         sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
-        assert sequence.row is not None
         features = [sequence.features[number] for number in chunk.images]
         return self.decoder.prefill(
-            sequence.row,
+            part.row,
             start,
             sequence.tokens(start, stop),
             sequence.positions(start, stop),
@@ -133,15 +194,19 @@ class CpuRunner:
             logits=chunk.gives_token,
         )
 
-    def _decode(self, sequences: list[Sequence]) -> NDArray[np.float32]:
+    def _decode(self, decode: _Decode) -> NDArray[np.float32]:
         """Logits [R, vocab] of the sequences whose newest token is the last that is known."""
-        lengths = np.array([sequence.computed for sequence in sequences], np.int64)
-        positions = lengths + np.array([sequence.prompt.position_delta for sequence in sequences], np.int64)
-        logits = self.decoder.decode(
-            [sequence.row for sequence in sequences if sequence.row is not None],
-            np.array([sequence.next_token for sequence in sequences], np.int64),
-            np.broadcast_to(positions, (self._spec.decoder.rope.axes, len(sequences))),
-            lengths,
-        )
-        current = [row for row, sequence in enumerate(sequences) if sequence.computed + 1 == sequence.length]
-        return logits if len(current) == len(logits) else logits[current]
+        tokens = np.where(decode.tokens == _PENDING, self._newest[decode.rows], decode.tokens)
+        logits = self.decoder.decode(decode.rows, tokens, decode.positions, decode.lengths)
+        return logits if decode.sampled is None else logits[decode.sampled]
+
+
+def _decode(sequences: list[Sequence], place: Callable[[Sequence], int]) -> _Decode:
+    table = np.array(
+        [(place(one), one.next_token(_PENDING), one.computed, one.prompt.position_delta) for one in sequences], np.int64
+    )
+    rows, tokens, lengths, deltas = table.T
+    sampled = [index for index, one in enumerate(sequences) if one.computed + 1 == one.length]
+    return _Decode(
+        rows.tolist(), tokens, lengths, (lengths + deltas)[None], None if len(sampled) == len(sequences) else sampled
+    )

@@ -40,19 +40,21 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
         decoder = Decoder(artifact, rows=config.max_batch_size, context_length=context_length, threads=threads)
         encoder = opening.result() if opening is not None else None
     limits = StepLimits(config.prefill_chunk or _PREFILL_TOKENS, _IMAGE_TOKENS, aligned_chunks=True)
+    runner = CpuRunner(
+        spec,
+        decoder,
+        encoder,
+        prefill_threads=min(_PREFILL_THREADS, idle),
+        weight_bytes=artifact.weight_bytes,
+        kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
+    )
+    kv = KVCache(runner.kv_memory, blocks, state_blocks=state_blocks, chunk=limits.prefill_tokens)
     return Replica(
         name=name,
         numerics=f"{artifact.digest} cpu",
         device="cpu",
-        runner=CpuRunner(
-            spec,
-            decoder,
-            encoder,
-            prefill_threads=min(_PREFILL_THREADS, idle),
-            weight_bytes=artifact.weight_bytes,
-            kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
-        ),
-        scheduler=Scheduler(KVCache(decoder, blocks, state_blocks=state_blocks, chunk=limits.prefill_tokens), limits),
+        runner=runner,
+        scheduler=Scheduler(kv, limits),
         context_length=context_length,
     )
 

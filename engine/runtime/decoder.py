@@ -45,6 +45,8 @@ class Decoder:
         self._alone = threading.Lock() if delta_net else nullcontext()
         self._session = open_session(cpu_decoder(artifact, self._memory.capacity), artifact, threads)
         self._lengths = np.zeros(rows, np.int32)
+        logits = np.empty((rows, self.spec.vocab), np.float32)
+        self._decode_logits = [logits[: count + 1] for count in range(rows)]  # what is bound already costs nothing
         self._prefills: dict[int, RowBinding] = {}
         self._decodes: dict[tuple[int, int], RowBinding] = {}
 
@@ -104,7 +106,8 @@ class Decoder:
         with self._alone:
             if self._states is not None and start == 0:
                 self._states.clear(row)
-            result = binding.logits(np.arange(count) if logits == "all" else np.array([count - 1]))
+            wanted = np.arange(count) if logits == "all" else np.array([count - 1])
+            result = binding.logits(wanted, np.empty((len(wanted), self.spec.vocab), np.float32))
         return result if logits else result[:0]
 
     def decode(
@@ -114,10 +117,11 @@ class Decoder:
         positions: NDArray[np.int64],
         lengths: NDArray[np.int64],
     ) -> NDArray[np.float32]:
-        """One token [B] for each of `rows`, at `positions` [axes, B], after the `lengths` [B] tokens the row holds.
+        """One token [B] for each of `rows`, at `positions` [axes or 1, B], after the `lengths` [B] tokens in the row.
 
         One call for the rows from the lowest to the highest: those between that do not decode take part with a token
-        that lands behind their last. Returns logits [B, vocab]. Raises ValueError for a row that is full.
+        that lands behind their last. Returns logits [B, vocab], which the next call of as many overwrites. Raises
+        ValueError for a row that is full.
         """
         if lengths.max() >= self.context_length:
             raise ValueError(f"a row of {self.context_length} tokens is full")
@@ -128,7 +132,7 @@ class Decoder:
         self._lengths[chosen] = lengths.astype(np.int32)  # numpy lets go of the interpreter to convert on the way
         binding.decode(places, token_ids, positions, self._lengths[first : first + count])
         with self._alone:
-            result = binding.logits(places)
+            result = binding.logits(places, self._decode_logits[len(rows) - 1])
         self._lengths[chosen] += 1
         return result
 

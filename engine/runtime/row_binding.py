@@ -30,7 +30,6 @@ class RowBinding(Binding):
     ):
         """`states` are there if the decoder has linear attention."""
         super().__init__(session)
-        self._vocab = spec.vocab
         self._three_axis = spec.rope.axes == 3
         for place, layer in enumerate(spec.attention_layers):
             for part, name in enumerate(("key", "value")):
@@ -135,9 +134,8 @@ class RowBinding(Binding):
         self.input(DecoderInputs.LAST, self._last)
         self.input(DecoderInputs.LONGEST, self._longest)
 
-    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run, and give [R, vocab] for `rows` [R] of the tokens."""
-        logits = np.empty((len(rows), self._vocab), np.float32)
+    def logits(self, rows: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run, and give `logits` [R, vocab] filled for `rows` [R] of the tokens."""
         given = self._logits_rows.get(len(rows))
         if given is None:
             given = self._logits_rows[len(rows)] = np.empty_like(rows)

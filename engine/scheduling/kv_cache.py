@@ -86,7 +86,7 @@ class KVCache:
         count, state = self._restorable(sequence, len(known))
         if not self._reserve(self._needed(sequence)):
             return False
-        row = heapq.heappop(self._free_rows)  # low rows first: a decode call runs rows 0 to the highest in use
+        row = heapq.heappop(self._free_rows)
         self._owned[row] = self._needed(sequence)
         for index, kv in enumerate(known[:count]):
             self._memory.write_kv(row, index * BLOCK, kv)
@@ -131,8 +131,8 @@ class KVCache:
         count = min(len(hashes) - known, self.blocks - self.used_blocks)
         if count > 0 and self._reserve(count):
             kv = self._memory.read_kv(sequence.row, known * BLOCK, (known + count) * BLOCK)
-            for digest, block in zip(hashes[known:], np.split(kv, count, axis=3), strict=False):
-                self._keep(digest, _Kept(block))
+            for place, digest in enumerate(hashes[known : known + count]):
+                self._keep(digest, _Kept(kv[:, :, :, place * BLOCK : (place + 1) * BLOCK]))
         if self._state_blocks and hashes and sequence.computed == len(hashes) * BLOCK:
             self._store_state(sequence.row, hashes[-1])
         self._touch(hashes)

@@ -68,10 +68,10 @@ class Sequence:
         after_prompt = self.computed - len(self.prompt.token_ids)
         return self.computed >= self.prefill_end and after_prompt < chosen < self.max_tokens
 
-    @property
-    def next_token(self) -> int:
-        """The output token that the next decode step computes."""
-        return self.output[self.computed - len(self.prompt.token_ids)]
+    def next_token(self, pending: int) -> int:
+        """The output token that the next decode step computes; `pending` for one that is not known yet."""
+        place = self.computed - len(self.prompt.token_ids)
+        return self.output[place] if place < len(self.output) else pending
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
         """Token ids [stop - start] of prompt and output together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,14 @@ def says(engine: Engine, text: str) -> None:
     """From now on the model says this, whatever it is asked, unless a grammar forbids it."""
     runner: Any = replica(engine, MODEL).runner
     script = [*text.encode(), 258]
+    said: Counter[Any] = Counter()  # by sequence: the newest tokens are not in its output yet
     original = runner._sample
 
     def scripted(logits: list[Any], sequences: list[Any]) -> list[int]:
         stacked = np.concatenate(logits)
         for row, sequence in enumerate(sequences):
-            stacked[row, script[min(len(sequence.output), len(script) - 1)]] = 1e6
+            stacked[row, script[min(said[sequence], len(script) - 1)]] = 1e6
+            said[sequence] += 1
         tokens: list[int] = original([stacked], sequences)
         return tokens
 

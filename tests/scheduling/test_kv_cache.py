@@ -127,6 +127,18 @@ def test_used_and_indexed_blocks_never_exceed_the_budget() -> None:
         assert kv.used_blocks == sum(blocks(one.length + 1) for one in running)
 
 
+def test_what_a_step_under_way_computes_is_not_stored() -> None:
+    memory = FakeMemory(rows=1)
+    kv = KVCache(memory, blocks=100)
+    growing = sequence(1, 2 * BLOCK - 1)
+    assert kv.admit(growing)
+    memory.compute(growing, growing.length)
+    growing.output.append(7)
+    growing.computed, growing.pending = 2 * BLOCK, 1
+    kv.store(growing)
+    assert kv.indexed_blocks == 1
+
+
 def test_without_reuse_nothing_is_indexed() -> None:
     memory = FakeMemory(rows=1)
     kv = KVCache(memory, blocks=10, reuse=False)

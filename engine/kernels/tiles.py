@@ -27,6 +27,7 @@ MOST_ACCUMULATORS = 128  # registers of a thread, of 255
 AHEAD_BYTES = 256  # of a thread, likewise in registers
 LANE = 16  # weights that a thread loads at once
 WARP = 32 * LANE
+LONG = 256  # a step's depth where few rows leave room for it
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,12 @@ def default_gemv(wanted: Product) -> GemvTile:
 
 def default_gemm(wanted: Product) -> GemmTile:
     depth = 128 if wanted.kernel == "int8" else 64  # 16-bit rows take twice the shared memory
-    if wanted.kernel == "int8" and wanted.rows <= BESIDE and wanted.k % 256 == 0 and not wanted.gate:
-        return _default_of_few(wanted)
+    if wanted.kernel == "int8" and wanted.rows <= FEW_ROWS and wanted.k % LONG == 0 and not wanted.gate:
+        wide = wanted.width >= 256 * MULTIPROCESSORS
+        if wide and wanted.rows <= BESIDE:
+            return GemmTile(128, max(16, wanted.rows), LONG, 1, 8, 3)
+        if not wide:
+            return _default_of_narrow(wanted)
     if wanted.rows <= FEW_ROWS:
         outputs = 128 if wanted.width >= 256 * MULTIPROCESSORS and not wanted.gate else 64
         tokens = max(16, wanted.rows)
@@ -130,14 +135,14 @@ def default_gemm(wanted: Product) -> GemmTile:
     return tile
 
 
-def _default_of_few(wanted: Product) -> GemmTile:
-    """Long steps, and few splits: to add them up takes longer than some multiprocessors that stand idle."""
-    tokens = max(16, wanted.rows)
-    if wanted.width >= 256 * MULTIPROCESSORS:
-        return GemmTile(128, tokens, 256, 1, 8, 3)
-    tile = GemmTile(64, tokens, 256, 1, 4, 4)
-    programs = min(MULTIPROCESSORS, _cdiv(wanted.k, 256 * 6) * tile.tiles(wanted.rows, wanted.width))
-    return _split(tile, wanted, programs)
+def _default_of_narrow(wanted: Product) -> GemmTile:
+    """Long steps, and splits only where a program would have many: to add them up, more so of many tokens, takes longer
+    than to leave some multiprocessors idle.
+    """
+    deep = _cdiv(wanted.k, 6 * LONG)  # splits of as many steps as are worth it
+    tokens = min(max(16, wanted.rows), FEW_ROWS if deep > 1 else FEW_ROWS // 2)
+    tile = GemmTile(64, tokens, LONG, 1, 4, 3 if tokens > 64 else 4)
+    return _split(tile, wanted, min(MULTIPROCESSORS, deep * tile.tiles(wanted.rows, wanted.width)))
 
 
 def _warps(outputs: int, tokens: int, gate: bool) -> int:
@@ -166,12 +171,14 @@ def _gemv_candidates(wanted: Product) -> Iterator[GemvTile]:
 
 def _gemm_candidates(wanted: Product, shared_bytes: int) -> Iterator[GemmTile]:
     parts, x_bytes = (2 if wanted.gate else 1), (1 if wanted.kernel == "int8" else 2)
-    most = max(16, min(wanted.rows, 256))  # tokens of a tile; all of them where they are few
+    most = max(16, min(wanted.rows, 256))  # tokens of a tile; all of them where they are few, or half in short rows
+    halved = BESIDE < most <= FEW_ROWS and wanted.k <= 8 * LONG
+    least = min(most, FEW_ROWS) // (2 if halved else 1)
     few = wanted.kernel == "int8" and wanted.rows <= BESIDE
     all_outputs = (16, 32, 64, 128) if few and wanted.width < 32 * MULTIPROCESSORS else (64, 128)
     for outputs, tokens, depth, stages in product(all_outputs, (16, 32, 64, 128, 256), (64, 128, 256), (3, 4)):
         shared = (outputs * parts + tokens * x_bytes) * depth * stages
-        if shared > shared_bytes or not min(most, 128) <= tokens <= most or depth >= 2 * wanted.k:
+        if shared > shared_bytes or not least <= tokens <= most or depth >= 2 * wanted.k:
             continue
         for warps in (4, 8):
             if outputs * tokens * parts <= MOST_ACCUMULATORS * warps * 32 and (warps == 4 or tokens >= 64):

@@ -35,7 +35,6 @@ class GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
-        self._transposed: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> ir.Value:
         value = ir.val(name, dtype=ir.DataType.from_numpy(np.dtype(dtype)), shape=shape)
@@ -70,15 +69,13 @@ class GraphBuilder:
         )
         return self._initializer(name, tensor)
 
-    def transposed(self, name: str) -> ir.Value:
-        """A matrix of the artifact, [in, out] for one stored as [out, in]."""
-        if name not in self._transposed:
-            self._transposed[name] = self.op("Transpose", self.weight(name), perm=[1, 0])
-        return self._transposed[name]
-
     def has(self, name: str) -> bool:
         """Whether the artifact has a tensor of that name."""
         return name in self._artifact.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of the artifact."""
+        return self._artifact.entries[name].shape
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._initializers:

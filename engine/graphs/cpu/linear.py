@@ -55,10 +55,11 @@ class Int8Linears:
         # A row of zeros divides 0 by 0. Whatever byte that becomes, its product is multiplied by the maximum, zero.
         maximum = builder.op("ReduceMax", builder.op("Abs", x), builder.constant([-1], np.int64), keepdims=1)
         rows = builder.op("QuantizeLinear", builder.op("Div", x, maximum), step, zero)
-        # The transposition of a constant is done once, at load.
-        weight = builder.transposed(f"{name}.weight")
-        scale = builder.weight(f"{name}.scale")
-        product = builder.op("MatMulIntegerToFloat", rows, weight, step, scale, zero, domain=MICROSOFT)
+        outputs, _ = builder.shape(f"{name}.weight")
+        weight, scale = builder.weight(f"{name}.weight"), builder.weight(f"{name}.scale")
+        zeros = builder.table(f"zeros.{outputs}", np.zeros(outputs, np.int8))
+        # MatMulIntegerToFloat gives the same bits, but wants [in, out]: transposing for it doubles a load's memory.
+        product = builder.op("QGemm", rows, step, zero, weight, scale, zeros, domain=MICROSOFT, transB=1)
         result = builder.op("Mul", product, maximum)
         return builder.op("Add", result, builder.weight(f"{name}.bias")) if builder.has(f"{name}.bias") else result
 

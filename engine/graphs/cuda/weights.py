@@ -92,10 +92,6 @@ class CudaBuilder(GraphBuilder):
         """`dtype` as Cast wants it."""
         return int(ir.DataType.from_numpy(self.dtype))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of the artifact."""
-        return self._artifact.entries[name].shape
-
     def _declaration(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ir.ExternalTensor:
         return ir.ExternalTensor(
             location=self._artifact.weights_path.name,

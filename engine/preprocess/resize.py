@@ -19,6 +19,9 @@ _WEIGHT_LIMIT = 1 << 15
 _MAX_SHIFT = 22
 _EXACT = 1 << 24  # float32 adds integers below this without an error, in any order
 _BLOCK = 32  # outputs of one product: of few, products are small; of many, most of their weights are zero
+# Multiplications of one product. OpenBLAS shares larger ones out among threads, which wait for each other: beside
+# whatever else computes that takes ten times as long.
+_PRODUCT = 1 << 18
 
 
 def resize_bicubic(planes: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -27,7 +30,9 @@ def resize_bicubic(planes: NDArray[np.uint8], height: int, width: int) -> NDArra
         planes = np.ascontiguousarray(planes)
         planes = _resized(planes.reshape(-1, planes.shape[2]), width).reshape(*planes.shape[:2], width)
     if planes.shape[1] != height:
-        planes = _resized(planes.swapaxes(1, 2), height).swapaxes(1, 2)
+        channels, rows, columns = planes.shape
+        lines = planes.transpose(0, 2, 1).reshape(-1, rows)
+        planes = _resized(lines, height).reshape(channels, columns, height).transpose(0, 2, 1)
     return np.ascontiguousarray(planes)
 
 
@@ -41,12 +46,15 @@ class _Filter:
 
 
 def _resized(lines: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
-    """[..., n] to [..., length]."""
-    wanted = _filter(lines.shape[-1], length)
+    """[lines, n] to [lines, length]."""
+    wanted = _filter(lines.shape[1], length)
     values = lines.astype(wanted.dtype)
-    sums = np.empty((*lines.shape[:-1], length), wanted.dtype)
+    sums = np.empty((len(lines), length), wanted.dtype)
     for outputs, inputs, weights in wanted.blocks:
-        sums[..., outputs] = values[..., inputs] @ weights
+        count = max(1, _PRODUCT // weights.size)
+        for start in range(0, len(lines), count):
+            some = slice(start, start + count)
+            np.matmul(values[some, inputs], weights, out=sums[some, outputs])
     sums += wanted.dtype(1 << (wanted.shift - 1))
     sums *= wanted.dtype(2.0**-wanted.shift)
     np.floor(sums, out=sums)

@@ -14,6 +14,7 @@ import httpx
 from engine.catalog import Repository, find_checkpoint, folder_name, models_folder
 from engine.checkpoints.checkpoint import INDEX, WEIGHTS, read_config
 from engine.config import EngineConfig
+from engine.describe import CONFIG
 from engine.errors import Cancelled, CheckpointError, DownloadFailed, StorageError, UnknownModel
 from engine.families import family_for
 from engine.files import replace_file, sync, take_lock
@@ -28,7 +29,6 @@ SPARE_BYTES = 64 << 20  # left on the disk beside the download
 LOCK_POLL_S = 0.3
 LISTING_RETRIES = 2  # few: somebody may be waiting to hear that the address is wrong
 
-CONFIG = "config.json"
 # What the engine and transformers' tokenizers and processors read. No code, no pickles.
 _NEEDED = {
     CONFIG,
@@ -113,8 +113,6 @@ def _listed(client: httpx.Client, endpoint: str, repository: Repository, stop: t
 
 
 def _needed_of(snapshot: Snapshot) -> set[str]:
-    if CONFIG not in snapshot.files:
-        raise DownloadFailed(f"{snapshot.repository} has no {CONFIG}; it is no checkpoint in Hugging Face layout")
     return _NEEDED if "tokenizer.json" in snapshot.files else _NEEDED | {"tokenizer.model"}
 
 

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from engine.catalog import MAIN, Repository
+from engine.describe import CONFIG
 from engine.errors import DownloadFailed
 
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -69,12 +70,17 @@ def _trusted() -> ssl.SSLContext:
 
 
 def list_files(client: httpx.Client, endpoint: str, repository: Repository) -> Snapshot:
-    """Raises DownloadFailed with a sentence for the form, and httpx.TransportError when the hub is out of reach."""
+    """Of a repository that holds a checkpoint.
+
+    Raises DownloadFailed with a sentence for the form, and httpx.TransportError when the hub is out of reach.
+    """
     endpoint = endpoint.rstrip("/")
     name = repository.on(modelscope=speaks_modelscope(endpoint))
-    if speaks_modelscope(endpoint):
-        return _modelscope(client, endpoint, name, repository.revision)
-    return _hugging_face(client, endpoint, name, repository.revision)
+    list_all = _modelscope if speaks_modelscope(endpoint) else _hugging_face
+    snapshot = list_all(client, endpoint, name, repository.revision)
+    if CONFIG not in snapshot.files:
+        raise DownloadFailed(f"{snapshot.repository} has no {CONFIG}; it is no checkpoint in Hugging Face layout")
+    return snapshot
 
 
 def _hugging_face(client: httpx.Client, endpoint: str, name: str, revision: str) -> Snapshot:

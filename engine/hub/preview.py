@@ -54,8 +54,6 @@ def _fill(repository: Repository, partial: Path, config: EngineConfig, limit_s: 
         with open_client(config.hub_endpoint, config.hub_token) as client:
             client.timeout = httpx.Timeout(limit_s)
             snapshot = list_files(client, config.hub_endpoint, repository)
-            if CONFIG not in snapshot.files:
-                raise DownloadFailed(f"{repository.name} has no {CONFIG}; it is no checkpoint in Hugging Face layout")
             partial.mkdir(mode=0o700, exist_ok=True)
             for file in (snapshot.files[path] for path in FILES if path in snapshot.files):
                 response = client.get(file.url, timeout=max(0.1, deadline - time.monotonic()))

@@ -22,18 +22,7 @@ from engine.hub.origin import require_repository
 from engine.hub.preview import preview
 from engine.hub.progress import model_state, partial_folder
 
-ENABLE_THINKING = ParameterRule.model_validate(
-    {
-        "name": "enable_thinking",
-        "label": {"en_US": "Thinking", "zh_Hans": "思考"},
-        "type": "boolean",
-        "help": {
-            "en_US": "Whether the model reasons before it answers. Left empty, the model's own default holds.",
-            "zh_Hans": "模型是否在回答前进行思考。留空则使用模型自身的默认设置。",
-        },
-        "required": False,
-    }
-)
+ENABLE_THINKING = "enable_thinking"  # the parameter that only models that think have
 CALLS = (ModelFeature.TOOL_CALL, ModelFeature.MULTI_TOOL_CALL, ModelFeature.STREAM_TOOL_CALL)
 MAX_TOKENS = 1024  # unless the workflow says otherwise; an answer ends earlier where the model ends it
 
@@ -41,15 +30,19 @@ MAX_TOKENS = 1024  # unless the workflow says otherwise; an answer ends earlier 
 def own_model_schema(model: str, config: EngineConfig, predefined: Sequence[AIModelEntity]) -> AIModelEntity | None:
     """A model that is here or on its way; None for one of which nothing is known yet. Asks no hub.
 
-    Its parameters are those of the predefined models, which differ in nothing but limits and the switch for thinking.
+    Its parameters are those of the predefined models, which differ in nothing but limits and the switch for thinking,
+    and that some of them have.
     """
     folder = model_state(model, config.storage).folder or partial_folder(folder_name(model), config.storage)
     try:
         description = describe(folder)
     except CheckpointError:
         return None
-    rules = [rule for rule in predefined[0].parameter_rules if rule.name != ENABLE_THINKING.name]
-    return _schema(model, description, [*rules, ENABLE_THINKING] if description.thinking else rules)
+    rules = [rule for rule in predefined[0].parameter_rules if rule.name != ENABLE_THINKING]
+    if description.thinking:
+        known = (rule for thinking in predefined for rule in thinking.parameter_rules)
+        rules.append(next(rule for rule in known if rule.name == ENABLE_THINKING))
+    return _schema(model, description, rules)
 
 
 def require_own_model(model: str, config: EngineConfig) -> Description:

@@ -52,6 +52,13 @@ def test_a_bad_image_is_refused(plugin: Daemon, works: Works, kind: str) -> None
     works()
 
 
+def test_a_video_for_a_model_without_video_is_refused(plugin: Daemon, works: Works) -> None:
+    video = {"type": "video", "format": "mp4", "mime_type": "video/mp4", "base64_data": "AAAA"}
+    messages = [{"role": "user", "content": [video, {"type": "text", "data": QUESTION}]}]
+    _refused(plugin, messages, "demo reads text and images only", "choose a model with video")
+    works()
+
+
 @pytest.mark.parametrize("source", [{"base64_data": "@@@@"}, {"base64_data": ""}, {"url": "https://host/image.png"}])
 def test_an_image_that_cannot_be_had_is_refused(plugin: Daemon, works: Works, source: dict[str, str]) -> None:
     image = {"type": "image", "format": "png", "mime_type": "image/png", **source}

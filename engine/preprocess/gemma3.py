@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import CheckpointError
+from engine.preprocess.bands import resize
 from engine.preprocess.image_input import Grid, ImageInput, image_key, settings_digest
 from engine.preprocess.settings import Settings
 from engine.spec import SiglipSpec
@@ -45,6 +46,6 @@ class Gemma3Processor:
     def process(self, image: Image.Image, data: bytes) -> ImageInput:
         size = (self._side, self._side)
         if image.size != size:  # Pillow would make a copy
-            image = image.resize(size, self._resample)
+            image = resize(image, size, self._resample)
         pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))[None]
         return ImageInput(pixels, _UNSPLIT, self._tokens, self.key(data))

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import CheckpointError, InvalidImage
+from engine.preprocess.bands import resize
 from engine.preprocess.image_input import Grid, ImageInput, image_key, settings_digest
 from engine.preprocess.settings import Settings
 from engine.spec import QwenVisionSpec
@@ -46,7 +47,7 @@ class Qwen2VLProcessor:
 
     def process(self, image: Image.Image, data: bytes) -> ImageInput:
         tokens, grid = self.count(*image.size)
-        image = image.resize(self._resized(*image.size), self._resample)
+        image = resize(image, self._resized(*image.size), self._resample)
         pixels = np.stack([np.asarray(band) for band in image.split()])
         return ImageInput(pixels, grid, tokens, self.key(data))
 

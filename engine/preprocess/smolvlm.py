@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import CheckpointError
+from engine.preprocess.bands import resize
 from engine.preprocess.image_input import Grid, ImageInput, image_key, settings_digest
 from engine.preprocess.settings import Settings
 from engine.spec import SiglipSpec
@@ -61,7 +62,7 @@ class SmolVLMProcessor:
         return ImageInput(pixels, (1, rows, columns), tokens, self.key(data))
 
     def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        return image if image.size == size else image.resize(size, self._resample)  # Pillow would make a copy
+        return image if image.size == size else resize(image, size, self._resample)  # Pillow would make a copy
 
     def _first(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after the first resize."""

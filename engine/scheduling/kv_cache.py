@@ -109,6 +109,11 @@ class KVCache:
             self._owned[sequence.row] += needed
         return True
 
+    def spare(self, sequence: Sequence) -> int:
+        """How many more tokens its blocks hold, beside those it has and the next."""
+        assert sequence.row is not None, "This is a bug: a waiting sequence has no blocks."
+        return (self._owned[sequence.row] - self._state_blocks) * BLOCK - sequence.length - 1
+
     def free(self, sequence: Sequence) -> None:
         """Take row and blocks back; harmless for a sequence that has none."""
         if sequence.row is None:

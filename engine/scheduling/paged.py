@@ -121,6 +121,11 @@ class PagedKVCache:
             self.tables[sequence.row, len(owned) - 1] = owned[-1]
         return True
 
+    def spare(self, sequence: Sequence) -> int:
+        """How many more tokens its blocks hold, beside those it has and the next."""
+        assert sequence.row is not None, "This is a bug: a waiting sequence has no blocks."
+        return len(self._owned[sequence.row]) * self.block_size - sequence.length - 1
+
     def free(self, sequence: Sequence) -> None:
         """Take slot and blocks back; harmless for a sequence that has none. What is full stays findable."""
         if sequence.row is None:

@@ -52,6 +52,10 @@ class KV(Protocol):
         """Make room for the token after the newest one; False when no block is left."""
         ...
 
+    def spare(self, sequence: Sequence) -> int:
+        """How many more tokens it can have beside the next before it must grow."""
+        ...
+
     def free(self, sequence: Sequence) -> None:
         """Take row and blocks back; harmless for a sequence that has none."""
         ...
@@ -142,6 +146,8 @@ class Scheduler:
         self._encoding: set[bytes] = set()  # keys of the images that are with the encoder
         self._batches = 0  # that they went there in
         self._most: int | None = None  # that may run, since the device could not hold a step of more
+        self._plan = StepPlan()  # the last one
+        self._repeats = 0  # how many further steps do the same if nobody comes or goes
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -149,11 +155,13 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        self._repeats = 0
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is and give its memory back."""
         self.kv.free(sequence)
         sequence.ended = True
+        self._repeats = 0
         if sequence in self.running:
             self.running.remove(sequence)
             self._most = None
@@ -161,7 +169,13 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> StepPlan:
-        """Choose the next step's work; may set sequences back or admit waiting ones."""
+        """Choose the next step's work; may set sequences back or admit waiting ones.
+
+        The last plan again, the object itself, means the same for the same sequences, each a token further.
+        """
+        if self._repeats:
+            self._repeats -= 1
+            return self._plan
         decoding, crowded = self._make_room()
         if not crowded:
             self._admit()
@@ -170,7 +184,15 @@ class Scheduler:
         self._plan_prefill(plan, prefilling)
         if prefilling and self._batches < ENCODER_BATCHES:
             self._plan_images(plan, prefilling)
+        self._plan, self._repeats = plan, self._repetitions(plan)
         return plan
+
+    def _repetitions(self, plan: StepPlan) -> int:
+        """Of a plan in which all that run decode: until somebody has all its tokens or needs a block."""
+        if self.waiting or not len(plan.sampled) == len(plan.decode) == len(self.running) > 0:
+            return 0
+        spare = min([self.kv.spare(sequence) for sequence in plan.decode])
+        return min(spare, min([one.max_tokens - len(one.output) - one.pending for one in plan.decode]) - 1)
 
     def deliver(self, features: Mapping[bytes, Any]) -> None:
         """Hand the images' features, by key, to every sequence that shows them; the encoder is free again."""
@@ -188,6 +210,7 @@ class Scheduler:
     def _leave_encoder(self, keys: Collection[bytes]) -> None:
         self._encoding.difference_update(keys)
         self._batches -= 1
+        self._repeats = 0
 
     def relieve(self, plan: StepPlan) -> bool:
         """The device could not hold what a step needs: set back its younger half. False for a step of one sequence.
@@ -223,6 +246,7 @@ class Scheduler:
     def _set_back(self, sequence: Sequence) -> None:
         self.kv.free(sequence)
         sequence.set_back()
+        self._repeats = 0
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import numpy as np
@@ -261,3 +262,42 @@ def test_any_mix_ends_with_every_token_in_its_place(seed: int) -> None:
         first = len(one.prompt.token_ids)
         assert one.output == list(range(first, first + one.max_tokens))
     assert schedule.kv.used_blocks == 0
+
+
+def test_while_nobody_comes_or_goes_the_plan_is_the_last_one_again() -> None:
+    """The object itself, until a block is needed or somebody has all its tokens."""
+    schedule = scheduler()
+    one, other = sequence(1, 5), sequence(2, 9)
+    one.max_tokens, other.max_tokens = 40, 14
+    host = LateHost(schedule)
+    for added in (one, other):
+        schedule.add(added)
+    plans = [host.turn() for _ in range(10)]
+    again = [plan is before for before, plan in itertools.pairwise(plans)]
+    lengths = [(5 + step, 9 + step) for step in range(1, 10)]  # when the plan was made, the pending token included
+    needs_block = [any((length + 1) % BLOCK == 1 for length in pair) for pair in lengths]
+    assert again[0] is False, "prefill"
+    assert [not repeated for repeated in again[2:]] == needs_block[2:]
+    assert all(plan.decode == [one, other] for plan in plans[1:])
+
+
+@pytest.mark.parametrize("event", ["comes", "goes", "is set back"])
+def test_whoever_comes_or_goes_makes_a_new_plan(event: str) -> None:
+    schedule = scheduler()
+    host = LateHost(schedule)
+    for number in (1, 2):
+        schedule.add(sequence(number, BLOCK + number))
+        schedule.waiting[-1].max_tokens = 100
+    host.turn()
+    before = host.turn()
+    assert host.turn() is before
+    match event:
+        case "comes":
+            schedule.add(sequence(3, 4))
+        case "goes":
+            schedule.remove(schedule.running[0])
+        case _:
+            schedule.relieve(before)
+    plan = host.turn()
+    assert plan is not before
+    assert len(plan.sequences) == {"comes": 3, "goes": 1, "is set back": 1}[event]

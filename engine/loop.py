@@ -188,14 +188,15 @@ class StepLoop:
             self._discard(replica, [sequence], EngineError(_why_no_token(sequence)))
             return None
         sequence.output.append(token)
-        job = _job(sequence)
-        if len(sequence.output) == 1:
+        job: Job = sequence.owner
+        count = len(sequence.output)
+        if count == 1:
             replica.scheduler.kv.store(sequence)
             job.on_admitted(sequence.admitted_at)
-        is_last = token in job.eos or len(sequence.output) >= sequence.max_tokens
+        is_last = count >= sequence.max_tokens or token in job.eos
         if is_last:
             self._remove(replica, sequence)
-        return ChosenToken(job, token, sequence.reused, is_last or len(sequence.output) == 1)
+        return ChosenToken(job, token, sequence.reused, is_last or count == 1)
 
     def _encode(self, replica: Replica, images: list[ImageInput]) -> None:
         """Start the tower on a batch; the result comes back through the inbox."""
@@ -301,8 +302,8 @@ def _record(replica: Replica, step: UnderWay, tokens: int, turn_s: float, waitin
         finished_s=finished_s,
         host_s=finished_s - turn_s - waiting_s,
         decode_rows=len(plan.decode),
-        context_tokens=sum(sequence.computed for sequence in plan.decode),
-        prefill_tokens=sum(chunk.stop - chunk.start for chunk in plan.prefill),
+        context_tokens=sum([sequence.computed for sequence in plan.decode]),
+        prefill_tokens=sum([chunk.stop - chunk.start for chunk in plan.prefill]),
         images=len(plan.images),
         tokens_out=tokens,
         device=replica.device,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +17,7 @@ from engine.sampling.record import FIRST_FORBIDDEN, write_record
 
 SHORT = 512  # groups in a shortlist
 SCAN_WARPS, CHOOSE_WARPS = 8, 16
+_ALIGNED = 16  # bytes
 
 
 def can_run_on(device: torch.device) -> bool:
@@ -28,7 +31,9 @@ class TritonSampling:
         self._device = device
         self._current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         short = min(SHORT, triton.next_power_of_2(triton.cdiv(vocab, GROUP.value)))
-        self._sizes = {"VOCAB": vocab, "SHORT": short}
+        # without fused multiply-add a penalised logit has the same bits in both kernels
+        self._scan = _Launch(scan_chunks, vocab, short, num_warps=SCAN_WARPS, enable_fp_fusion=False)
+        self._choose = _Launch(choose_tokens, vocab, short, num_warps=CHOOSE_WARPS, enable_fp_fusion=False)
         self._chunks = triton.cdiv(vocab, CHUNK.value)
         self._work = torch.empty((1, work_of(vocab, short)), dtype=torch.float32, device=device)
         self._try(vocab, dtype)
@@ -47,15 +52,8 @@ class TritonSampling:
         results = torch.empty(rows, dtype=torch.int32, device=self._device)
         stride, words = logits.stride(0), table.shape[1]
         with self._current:  # Triton launches on the current device
-            # without fused multiply-add a penalised logit has the same bits in both kernels
-            scan_chunks[(self._chunks, rows)](
-                logits, stride, slots, table, counts, self._work, words,
-                **self._sizes, num_warps=SCAN_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
-            choose_tokens[(rows,)](
-                logits, stride, slots, table, counts, self._work, tokens, results, words,
-                **self._sizes, num_warps=CHOOSE_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+            self._scan((self._chunks, rows, 1), logits, stride, slots, table, counts, self._work, words)
+            self._choose((rows, 1, 1), logits, stride, slots, table, counts, self._work, tokens, results, words)
         return results
 
     def _try(self, vocab: int, dtype: torch.dtype) -> None:
@@ -68,3 +66,28 @@ class TritonSampling:
         token = int(self(logits, slot, record.to(self._device), counts, slot.clone())[0])
         if not 0 <= token < vocab:
             raise RuntimeError(f"the sampling kernels chose token {token} of {vocab}")
+
+
+class _Launch:
+    """One of the kernels. Triton looks at every argument of a launch, some 20 us; what it has compiled for arguments of
+    a kind is from then on launched by addresses alone.
+    """
+
+    def __init__(self, kernel: Any, *constants: int, **options: int) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._options = options
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: torch.Tensor | int) -> None:
+        kind = tuple([one if isinstance(one, int) else one.dtype for one in arguments])
+        addresses = [one if isinstance(one, int) else one.data_ptr() for one in arguments]
+        aligned = all(isinstance(one, int) or not address % _ALIGNED
+                      for one, address in zip(arguments, addresses, strict=True))  # fmt: skip
+        compiled = self._compiled.get(kind) if aligned else None
+        if compiled is not None:
+            compiled[grid](*addresses, *self._constants)
+            return
+        compiled = self._kernel[grid](*arguments, *self._constants, **self._options)
+        if aligned:
+            self._compiled[kind] = compiled  # None from Triton's interpreter

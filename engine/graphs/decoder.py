@@ -18,10 +18,10 @@ def decoder_graph(
     attention: DecoderAttention,
     spec: DecoderSpec,
     x: ir.Value,
-    rows: ir.Value,
+    rows: ir.Value | None,
     linear_attention: LinearAttention | None = None,
 ) -> ir.Value:
-    """Logits [R, vocab] of the tokens at `rows` [R], from the embedded tokens and image features x [T, hidden].
+    """Logits [R, vocab] of the tokens at `rows` [R], or of all, from embedded tokens and image features x [T, hidden].
 
     `linear_attention` is there if the decoder has such layers.
     """

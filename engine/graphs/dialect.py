@@ -40,8 +40,8 @@ class DecoderLayers(Protocol):
         """Add values [part * hidden, (part + 1) * hidden) of image features to the tokens that they stand for."""
         ...
 
-    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
-        """NAME's output of the tokens at `rows` [R]."""
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value | None) -> ir.Value:
+        """NAME's output of the tokens at `rows` [R], or of all."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from engine.errors import DeviceOutOfMemory
 from engine.preprocess import ImageInput
 from engine.runtime.cuda.capture import allow_beside_capture
-from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.decoder import PagedDecoder, Result
 from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.step import Int32, PackedStep
 from engine.sampling import NO_TOKEN, masks
@@ -30,6 +31,7 @@ from engine.spec import ModelSpec
 from engine.stats import ModelMemory
 
 _RESULTS = 4  # steps whose tokens may be on their way to the host
+_TORCH_FLOATS = {2: torch.float16, 4: torch.float32}  # by their bytes: what features are kept in
 
 
 class VisionTower(Protocol):
@@ -60,32 +62,52 @@ class CudaRunner:
         self._kv = kv
         self._memory = memory
         self._device = sampler.slot_tokens.device
+        self._on_cuda = self._device.type == "cuda"
         self._failures = DeviceFailures(self._device)
         self._ring = [_TokenCopy(len(sampler.slot_tokens), self._device) for _ in range(_RESULTS)]
         self._turn = 0
         self._last: PendingStep | None = None
+        self._plan: StepPlan | None = None  # of the last step, its inputs, and who got a token by it, by row of logits
+        self._inputs: PackedStep
+        self._further = 0  # tokens that the sequences have beyond these
+        self._sampled: list[Sequence] = []
+        self._constrained: list[int] = []  # rows
 
     def launch(self, plan: StepPlan) -> PendingStep:
         with self._failures:
             return self._launch(plan)
 
     def _launch(self, plan: StepPlan) -> PendingStep:
-        for chunk in plan.prefill:
-            if chunk.gives_token:
-                self._assign(chunk.sequence)
-        plan = self._arranged(plan)
-        sampled = plan.sampled
-        logits, slots = self.decoder.run(self._step(plan))
-        constrained = {row: one for row, one in enumerate(sampled) if one.sampler.grammar is not None}
-        if constrained:
-            self._constrain(logits, constrained)
+        logits, slots = self._go_on() if plan is self._plan else self._begin(plan)
+        if self._constrained:
+            self._constrain(logits)
         copy = self._ring[self._turn]
         self._turn = (self._turn + 1) % _RESULTS
-        copy.start(self._sampler.sample(logits, slots) if sampled else None)
-        plan.advance(sampled)
+        copy.start(self._sampler.sample(logits, slots) if self._sampled else None)
+        plan.advance(self._sampled)
         self._release_states(plan)
-        self._last = PendingStep(sampled, copy, self._failures, list(constrained))
+        self._last = PendingStep(self._sampled, copy, self._failures, self._constrained)
         return self._last
+
+    def _begin(self, plan: StepPlan) -> Result:
+        """A step that is not the last one again."""
+        arranged = self._arranged(plan)
+        self._plan, self._inputs, self._further, self._sampled = plan, self._step(arranged), 0, arranged.sampled
+        self._constrained = [row for row, one in enumerate(self._sampled) if one.sampler.grammar is not None]
+        result = self.decoder.run(self._inputs)
+        for chunk in plan.prefill:  # while the device computes
+            if chunk.gives_token:
+                self._assign(chunk.sequence)
+        return result
+
+    def _go_on(self) -> Result:
+        """The last step again, each sequence a token further."""
+        self._further += 1
+        if (result := self.decoder.go_on()) is not None:
+            return result
+        self._inputs.go_on(self._further)
+        self._further = 0
+        return self.decoder.run(self._inputs)
 
     def _arranged(self, plan: StepPlan) -> StepPlan:
         """The plan with its sequences where linear attention's states are, in the device's memory, and these in front.
@@ -110,15 +132,15 @@ class CudaRunner:
             if not (sequence.is_prefilling or sequence.is_decoding):
                 self.decoder.states.release(_row(sequence))
 
-    def _constrain(self, logits: torch.Tensor, sequences: dict[int, Sequence]) -> None:
+    def _constrain(self, logits: torch.Tensor) -> None:
         """Mask rows of logits by grammars, which must first know the tokens of the step before.
 
         While the host waits for those and makes the masks, the device computes the logits.
         """
         if self._last is not None:
             self._last.tokens()
-        grammars = [one.sampler.grammar for one in sequences.values() if one.sampler.grammar is not None]
-        self._sampler.constrain(logits, list(sequences), masks(grammars))
+        found = [self._sampled[row].sampler.grammar for row in self._constrained]
+        self._sampler.constrain(logits, self._constrained, masks([one for one in found if one is not None]))
 
     def _step(self, plan: StepPlan) -> PackedStep:
         axes = self._spec.decoder.rope.axes
@@ -142,10 +164,9 @@ class CudaRunner:
 
     def _host_features(self, features: torch.Tensor) -> Callable[[], NDArray[np.floating]]:
         features = features.float() if features.dtype == torch.bfloat16 else features
-        on_cuda = self._device.type == "cuda"
-        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=on_cuda)
+        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=self._on_cuda)
         host.copy_(features, non_blocking=True)
-        done = _recorded_event() if on_cuda else None
+        done = _recorded_event() if self._on_cuda else None
 
         def wait() -> NDArray[np.floating]:
             if done is not None:
@@ -160,9 +181,12 @@ class CudaRunner:
         return self._memory
 
     def close(self) -> None:
+        if self._on_cuda:
+            with suppress(RuntimeError):  # of a device that is lost
+                torch.cuda.current_stream(self._device).synchronize()  # nothing may run in memory that is given back
         self.decoder.close()
         self.tower = None
-        if self._device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.empty_cache()  # other processes cannot use what torch keeps
 
     def _encode(self, images: list[ImageInput]) -> list[torch.Tensor]:
@@ -201,10 +225,16 @@ class CudaRunner:
             features = chunk.sequence.features
             for number in touched:
                 if not isinstance(features[number], torch.Tensor):
-                    features[number] = torch.tensor(features[number], dtype=dtype, device=self._device)
+                    features[number] = self._uploaded(features[number]).to(dtype)
             parts = [features[number] for number in touched]
             result[chunk] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return result
+
+    def _uploaded(self, features: NDArray[np.floating]) -> torch.Tensor:
+        """Through page-locked memory, which torch keeps until the copy is done."""
+        host = torch.empty(features.shape, dtype=_TORCH_FLOATS[features.dtype.itemsize], pin_memory=self._on_cuda)
+        host.numpy()[...] = features
+        return host.to(self._device, non_blocking=True)
 
 
 class _TokenCopy:
@@ -213,20 +243,21 @@ class _TokenCopy:
     def __init__(self, size: int, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self._on_cuda)
-        self._count = 0
+        self._part = self._host[:0]
         self._done = torch.cuda.Event() if self._on_cuda else None  # type: ignore[no-untyped-call]
 
     def start(self, tokens: torch.Tensor | None) -> None:
-        self._count = 0 if tokens is None else len(tokens)
+        if tokens is None or len(tokens) != len(self._part):
+            self._part = self._host[: 0 if tokens is None else len(tokens)]
         if tokens is not None:
-            self._host[: self._count].copy_(tokens, non_blocking=True)
+            self._part.copy_(tokens, non_blocking=True)
         if self._done is not None:
             self._done.record()
 
     def wait(self) -> list[int]:
         if self._done is not None:
             self._done.synchronize()
-        tokens: list[int] = self._host[: self._count].tolist()
+        tokens: list[int] = self._part.tolist()
         return tokens
 
 
@@ -273,10 +304,10 @@ def _decode_step(sequences: list[Sequence], kv: PagedKVCache, axes: int) -> Pack
     deltas = np.array([sequence.prompt.position_delta for sequence in sequences], np.int32)
     return PackedStep(
         ids=-1 - rows,
-        positions=np.broadcast_to(past + deltas, (axes, count)),
+        positions=np.tile(past + deltas, (axes, 1)),
         counts=np.ones(count, np.int32),
         past=past,
-        tables=kv.tables[rows, : int(past.max()) // kv.block_size + 1],
+        tables=kv.tables[rows, : (int(past.max()) + 1) // kv.block_size + 1],  # the next token's block too
         logits_rows=np.arange(count, dtype=np.int32),
         slots=rows,
     )

@@ -146,8 +146,13 @@ class _WithInput:
         self._session = session
         self._flags = flags
 
-    def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
-        return self._session.bind({**inputs, ROUNDED: self._flags}, outputs)
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        reuse: Binding | None = None,
+    ) -> Binding:
+        return self._session.bind({**inputs, ROUNDED: self._flags}, outputs, reuse)
 
     def run(self, binding: Binding, graph: int | None = None) -> None:
         self._session.run(binding, graph)

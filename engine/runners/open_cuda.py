@@ -94,6 +94,7 @@ def _open(
         slots=slots,
         step_tokens=step_tokens,
         paged=sessions.paged,
+        pieces=sessions.pieces,
         cache_scales=sessions.cache_scales,
         decoding=sessions.decoding,
         mutual=sessions.mutual,

@@ -25,12 +25,14 @@ from engine.spec import FloatType
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """`decoding` runs captured decode steps where they have a graph of their own; `cache_scales` belong to int8 KV.
-    `paged` as the graphs were made. `mutual` runs steps of images whose tokens see each other in both directions.
+    """`decoding` runs captured decode steps; `cache_scales` belong to int8 KV. `paged` as the graphs were made; with
+    `pieces` the packed one may be captured. `mutual` runs steps of images whose tokens see each other in both
+    directions.
     """
 
     packed: CudaSession
     paged: bool
+    pieces: bool
     decoding: CudaSession | None
     mutual: CudaSession | None
     tower: CudaEncoder | None
@@ -57,8 +59,8 @@ def open_sessions(
     fusion, register = open_fusion(wanted, artifact, config, torch_type(activations), device, rows, block_size, parts)
     weights = DeviceWeights(artifact, device)
 
-    def open_session(graph: CudaGraph) -> CudaSession:
-        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register)
+    def open_session(graph: CudaGraph, **kind: bool) -> CudaSession:
+        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register, **kind)
 
     tower = open_encoder(artifact, activations, device) if spec.vision else None
     measured = (checkpoint, artifact, activations, open_session, tower, device)
@@ -77,8 +79,10 @@ def open_sessions(
         int8_cache=int8_cache,
         fusion=fusion,
     )
-    packed = open_session(make_graph())
-    decoding = open_session(make_graph(decode=True)) if fusion.attention else None
-    mutual = open_session(make_graph(mutual=True)) if spec.decoder.mutual_images else None
+    # Pieces of prompts are captured where that was measured: 16-bit products.
+    pieces = paged and artifact.precision != "int8"
+    packed = open_session(make_graph(), captures=pieces, waits=not paged)
+    decoding = open_session(make_graph(decode=True), captures=True, few_shapes=True) if paged else None
+    mutual = open_session(make_graph(mutual=True), waits=not paged) if spec.decoder.mutual_images else None
     weight_bytes = weights.nbytes + (tower.weight_bytes if tower is not None else 0)
-    return Sessions(packed, paged, decoding, mutual, tower, scales, fusion, weight_bytes)
+    return Sessions(packed, paged, pieces, decoding, mutual, tower, scales, fusion, weight_bytes)

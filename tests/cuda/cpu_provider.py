@@ -37,7 +37,12 @@ class CpuProviderSession:
             options.add_initializer(name, value)
         self._session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
 
-    def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Binding:
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        reuse: Binding | None = None,
+    ) -> Binding:
         binding = self._session.io_binding()
         for name in self._graph.inputs:
             binding.bind_input(name, *_place(inputs[name]))

@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 
 @dataclass
 class FakeGpu:
-    """What an engine finds instead of `open_cuda`; `sessions` are those of the decoders, in order of opening."""
+    """What an engine finds instead of `open_cuda`; `sessions` are those of the decoders, in order of opening,
+    and `decoding` those of their captured steps."""
 
     blocks: int = 64
     block_size: int = 16
@@ -42,6 +43,7 @@ class FakeGpu:
     copies: int = 4  # of states of linear attention
     paged: bool = True  # PagedAttention, which here takes fp32 as well
     sessions: list[ReferenceSession] = field(default_factory=list)
+    decoding: list[ReferenceSession] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
 
     def devices(self, config: EngineConfig) -> Devices:
@@ -57,6 +59,7 @@ class FakeGpu:
         context_length = min(spec.decoder.context_length, self.blocks * self.block_size)
         make_graph = partial(cuda_decoder, artifact, activations, context_length, paged=self.paged, fusion=self.fusion)
         session = _session(make_graph(), weights)
+        decoding = _session(make_graph(decode=True), weights) if self.paged else None
         sampler = DeviceSampler(slots, spec.decoder.vocab, CPU, torch_type(activations))
         decoder = PagedDecoder(
             session,
@@ -69,7 +72,7 @@ class FakeGpu:
             context_length=context_length,
             step_tokens=self.prefill_tokens + slots,
             paged=self.paged,
-            decoding=_session(make_graph(decode=True), weights) if self.fusion.attention else None,
+            decoding=decoding,
             mutual=_session(make_graph(mutual=True), weights) if spec.decoder.mutual_images else None,
         )
         decoder.capture()
@@ -95,6 +98,7 @@ class FakeGpu:
             context_length,
         )
         self.sessions.append(session)
+        self.decoding.append(decoding or session)
         self.replicas.append(replica)
         return replica
 

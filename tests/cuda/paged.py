@@ -68,7 +68,7 @@ class Paged:
         graph = make_graph()
         on_device = DeviceWeights(artifact, device)
         decoding = None
-        if fusion.attention:
+        if paged:
             decode_graph = make_graph(decode=True)
             opened = open_decoding or (lambda graph, weights, folder: ReferenceSession(graph.model, weights))
             decoding = opened(decode_graph, on_device.upload(decode_graph.weights), artifact.folder)

@@ -88,7 +88,12 @@ class ReferenceSession:
         self._caches = {name for node in paged for name in node.output[1:]}
         self._captured: dict[int, _Capture] = {}
 
-    def bind(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> ReferenceBinding:
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        reuse: Binding | None = None,
+    ) -> ReferenceBinding:
         """Raises ValueError for missing names, and for dtypes and shapes other than the graph declares."""
         inputs = {name: tensor for name, tensor in inputs.items() if name in self._inputs}
         outputs = {name: tensor for name, tensor in outputs.items() if name in self._outputs}

@@ -113,14 +113,30 @@ def test_a_step_of_decoding_sequences_replays_a_captured_graph(on_gpu: StartOnGp
     fake = FakeGpu()
     engine = on_gpu(fake)
     model = engine.load("tiny-qwen2-vl")
-    session = fake.sessions[0]
-    captured = set(session.runs)
+    captured = set(fake.decoding[0].runs)
     assert None not in captured
-    session.runs.clear()
+    fake.decoding[0].runs.clear()
     _, _, tokens = ask(engine, request("hello", model=model.name, max_tokens=20, ignore_eos=True)).wait().result
-    assert session.runs[0] is None, "a prompt runs operator by operator"
-    assert len(session.runs) == tokens
-    assert set(session.runs[1:]) < captured
+    assert len(fake.decoding[0].runs) == tokens - 1
+    assert set(fake.decoding[0].runs) < captured
+
+
+def test_a_short_prompt_replays_a_captured_graph_and_a_longer_one_does_not(on_gpu: StartOnGpu) -> None:
+    fake = FakeGpu()
+    engine = on_gpu(fake)
+    model = engine.load("tiny-qwen2-vl")
+    prompts = fake.sessions[0]
+    captured = set(prompts.runs)
+    prompts.runs.clear()
+    alone = [
+        ask(engine, request(f"hello {number}", model=model.name, max_tokens=1)).wait().result for number in range(2)
+    ]
+    assert len(prompts.runs) == 2
+    assert set(prompts.runs) < captured
+    prompts.runs.clear()
+    assert together(engine, [request("hello " * 20, model=model.name, max_tokens=1)])
+    assert None in prompts.runs, "a piece as long as the longest graph"
+    assert len(alone) == 2
 
 
 def test_a_batch_of_any_size_fits_its_bucket(on_gpu: StartOnGpu) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +67,30 @@ def test_greedy_tokens_are_those_of_the_cpu(storage: Path, precision: str, fusio
     same = sum(one == other for one, other in zip(on_cpu, on_gpu, strict=True))
     print(f"{precision}, fusion {fusion}: {same} of {len(samples)} answers are the CPU's")
     assert same >= 0.99 * len(samples)
+
+
+CLOSED_EARLY = """
+import sys
+from pathlib import Path
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import Message, Request, SamplingParams, Text
+
+settings = {"storage": Path(sys.argv[1]), "device": "cuda", "precision": sys.argv[2], "cache_enabled": False}
+engine = Engine(EngineConfig.from_mapping(settings | {"max_batch_size": 8, "gpu_memory": 2048}))
+engine.load("demo")
+sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+streams = [engine.submit(Request("demo", (Message("user", (Text("what? " * n),)),), sampling)) for n in range(1, 7)]
+for stream in streams:
+    next(iter(stream))
+engine.close()
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_may_be_closed_while_steps_are_under_way(storage: Path, precision: str) -> None:
+    """In a process of its own: what goes wrong ends the process."""
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSED_EARLY, str(storage), precision], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from engine.spec import FloatType, Precision
 from tests.cuda.paged import Paged, Part
 from tests.cuda.reference import ReferenceSession
-from tests.cuda.tiny import any_mrope, tiny
+from tests.cuda.tiny import any_mrope, tiny, tiny_mrope
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import PROMPT, STEPS, Tiny, make_tiny
 
-__all__ = ["any_mrope", "tiny"]
+__all__ = ["any_mrope", "tiny", "tiny_mrope"]
 
 
 PRECISIONS: list[tuple[Precision, FloatType, float]] = [
@@ -88,3 +89,42 @@ def _mixed_steps(tiny: Tiny, paged: Paged) -> float:
     found = np.concatenate([paged.step(*parts) for parts in steps])
     wanted = np.stack([part.case.logits[part.stop - 1] for parts in steps for part in parts])
     return relative_error(found, wanted)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 40), (40, 63), (0, 63), (63, 64), (30, 80)])
+def test_a_piece_from_a_captured_graph_gives_the_references_logits(tiny_mrope: Tiny, start: int, stop: int) -> None:
+    """Alone in its step; what comes before it, an image among that, was computed operator by operator."""
+    case = tiny_mrope.case
+    paged = Paged(tiny_mrope, "fp16", "float16")
+    paged.decoder.capture()
+    session = paged.session
+    assert isinstance(session, ReferenceSession)
+    session.runs.clear()
+    other = tiny_mrope.text_case(60, 3)
+    if start:
+        paged.step(Part(2, case, 0, start), Part(0, other, 0, 1))
+    found = paged.step(Part(2, case, start, stop))
+    assert relative_error(found, case.logits[stop - 1 : stop]) < 1e-2
+    assert all(run is None for run in session.runs) == (stop - start == 1) or session.runs[-1] is not None
+    after = paged.step(Part(2, case, stop, stop + 1))
+    assert relative_error(after, case.logits[stop : stop + 1]) < 1e-2
+
+
+def test_decode_steps_go_on_without_being_told_anything_anew(tiny_mrope: Tiny) -> None:
+    case, other = tiny_mrope.case, tiny_mrope.text_case(60, 3)
+    paged, plain = (Paged(tiny_mrope, "fp16", "float16") for _ in range(2))
+    for one in (paged, plain):
+        one.decoder.capture()
+        one.step(Part(2, case, 0, PROMPT), Part(0, other, 0, 33))
+    for further in range(6):
+        parts = [Part(2, case, PROMPT + further, PROMPT + further + 1), Part(0, other, 33 + further, 34 + further)]
+        expected = plain.step(*parts)
+        if not further:
+            found = paged.step(*parts)
+            continue
+        tokens = [int(part.case.token_ids[part.start]) for part in parts]
+        paged.slot_tokens[[2, 0]] = torch.tensor(tokens, dtype=torch.int32)  # as the sampler leaves them
+        result = paged.decoder.go_on()
+        assert result is not None
+        found = result[0].float().numpy()
+        assert np.array_equal(found, expected)

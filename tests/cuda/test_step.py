@@ -84,3 +84,23 @@ def test_one_token_for_each_is_a_decode_step(step: PackedStep, decodes: bool) ->
 
 def test_the_longest_counts_its_new_tokens() -> None:
     assert packed([1, 7], [9, 4], 2).longest == 11
+
+
+def test_an_upload_goes_on_where_it_is_told_to() -> None:
+    place = StepBuffer(64, CPU).place({"past": (3,), "ids": (3,), "positions": (2, 3)})
+    parts = {"past": [4, 9], "ids": [7, 8], "positions": [[4, 9], [5, 1]]}
+    place.upload({name: np.array(part, np.int32) for name, part in parts.items()})
+    increments = place.increments(["past", "positions"], 2)
+    for number in range(1, 6):
+        place.go_on(increments)
+        assert place.view("past").tolist() == [4 + number, 9 + number, 0]
+        assert place.view("ids").tolist() == [7, 8, 0]
+        assert place.view("positions").tolist() == [[4 + number, 9 + number, 0], [5 + number, 1 + number, 0]]
+
+
+def test_a_step_that_goes_on_is_the_next_one_of_its_sequences() -> None:
+    step = packed([1, 1], [5, 9], 2)
+    step.go_on(3)
+    assert step.past.tolist() == [8, 12]
+    assert step.positions.tolist() == [[3, 3]]
+    assert step.longest == 13

@@ -7,6 +7,7 @@ import pytest
 from tests.runtime.conftest import MODELS, Tiny, make_tiny
 
 FUSABLE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]  # of those with three axes
+LINEAR = ["qwen3_5", "qwen3_5_text"]  # with linear attention
 
 
 @pytest.fixture(scope="session", params=list(MODELS))
@@ -20,7 +21,7 @@ def tiny_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_tiny(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=[*FUSABLE, "qwen3_5", "qwen3_5_text"])
+@pytest.fixture(scope="session", params=[*FUSABLE, *LINEAR])
 def any_mrope(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Three rotary positions per token."""
     return make_tiny(request.param, tmp_path_factory)

@@ -116,7 +116,8 @@ class CpuDecoderLayers:
             return self._feature_values
         return self._builder.columns(self._feature_values, part * self._spec.hidden, (part + 1) * self._spec.hidden)
 
-    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value | None) -> ir.Value:
+        assert rows is not None, "This is a bug: a call has rows whose logits nobody wants."
         normed = rms_norm(self._builder, x.value, norm, self._epsilon)
         logits = self._linears.linear(self._builder.op("Gather", normed, rows, axis=0), name)
         return softcapped(self._builder, logits, self._spec, np.float32)

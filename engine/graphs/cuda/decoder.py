@@ -31,7 +31,8 @@ def cuda_decoder(
     decode: bool = False,
     mutual: bool = False,
 ) -> CudaGraph:
-    """A model for positions below `positions`; with `decode` for steps of one token for each sequence.
+    """A model for positions below `positions`; with `decode` for steps of one token for each sequence, the one that was
+    last chosen for its slot. Those have no images among their tokens, and all their logits are wanted.
 
     With `mutual` the new tokens of a sequence see each other in both directions, as those of an image do in models that
     are made so: it is for steps in which whoever has more than one has an image's, from its first to its last.
@@ -47,7 +48,7 @@ def cuda_decoder(
     if fusion.linear and artifact.precision == "int8":
         layers = FusedLayers(builder, artifact, fusion.float_inputs)
     else:
-        layers = StockLayers(builder, artifact)
+        layers = StockLayers(builder, artifact, decode=decode)
     attention: DecoderAttention
     if not paged:
         assert not int8_cache, "This is a bug: attention in plain operators keeps no int8."
@@ -61,7 +62,7 @@ def cuda_decoder(
         paged_starts = attention.starts if isinstance(attention, PagedAttention) else None
         starts = paged_starts or builder.input(StepInputs.STARTS, np.int32, ["B1"])
         linear_attention = CudaDeltaNet(builder, spec.delta_net, spec.norm_eps, starts)
-    return assembled(builder, spec, layers, attention, linear_attention)
+    return assembled(builder, spec, layers, attention, linear_attention, decode=decode)
 
 
 def assembled(
@@ -70,9 +71,11 @@ def assembled(
     layers: StockLayers | FusedLayers,
     attention: DecoderAttention,
     linear_attention: LinearAttention | None = None,
+    *,
+    decode: bool = False,
 ) -> CudaGraph:
     """The graph from tokens to logits, caches and states."""
-    rows = builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
+    rows = None if decode else builder.input(StepInputs.LOGITS_ROWS, np.int32, ["R"])
     logits = decoder_graph(layers, attention, spec, layers.tokens(), rows, linear_attention)
     builder.output(logits, StepInputs.LOGITS, builder.dtype.type)
     attention.output_cache()
@@ -84,8 +87,10 @@ def assembled(
 class StockLayers:
     """Implements `DecoderLayers` in the wheel's operators."""
 
-    def __init__(self, builder: CudaBuilder, artifact: Artifact) -> None:
+    def __init__(self, builder: CudaBuilder, artifact: Artifact, *, decode: bool = False) -> None:
+        """`decode`: every token is the one that was last chosen for its sequence's slot."""
         self._builder = builder
+        self._decode = decode
         self._model = artifact.spec
         self._spec = artifact.spec.decoder
         self._linears = cuda_linears(builder, int8=artifact.precision == "int8")
@@ -94,15 +99,21 @@ class StockLayers:
     def tokens(self) -> ir.Value:
         """[T, hidden]: embeddings of tokens, of which the host need not know the newest, and image features."""
         builder = self._builder
+        slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
+        if self._decode:
+            slots = builder.input(StepInputs.SLOTS, np.int32, ["T"])
+            return self._embedded(builder.op("Gather", slot_tokens, slots, axis=0))
         zero, minus_one = builder.constant(0, np.int32), builder.constant(-1, np.int32)
         ids = builder.input(StepInputs.IDS, np.int32, ["T"])
-        slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
         slots = builder.op("Max", builder.op("Sub", minus_one, ids), zero)
         chosen = builder.op("Gather", slot_tokens, slots, axis=0)
-        tokens = self._linears.embedding(builder.op("Where", builder.op("Less", ids, zero), chosen, ids), "embedding")
-        tokens = scaled_embedding(builder, tokens, self._model, builder.dtype.type)
+        tokens = self._embedded(builder.op("Where", builder.op("Less", ids, zero), chosen, ids))
         self._features = Features(builder, self._spec)
         return self._features.placed(0, tokens)
+
+    def _embedded(self, token_ids: ir.Value) -> ir.Value:
+        x = self._linears.embedding(token_ids, "embedding")
+        return scaled_embedding(self._builder, x, self._model, self._builder.dtype.type)
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linears.linear(self._norm(x, norm), name)
@@ -124,10 +135,13 @@ class StockLayers:
         residual.added = added if norm is None else self._norm(Residual(added), norm)
 
     def add_features(self, residual: Residual, part: int) -> None:
-        self._features.add(residual, part)
+        if not self._decode:
+            self._features.add(residual, part)
 
-    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
-        logits = self._linears.linear(self._builder.op("Gather", self._norm(x, norm), rows, axis=0), name)
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value | None) -> ir.Value:
+        normed = self._norm(x, norm)
+        chosen = normed if rows is None else self._builder.op("Gather", normed, rows, axis=0)
+        logits = self._linears.linear(chosen, name)
         return softcapped(self._builder, logits, self._spec, self._builder.dtype.type)
 
     def _norm(self, x: Residual, name: str) -> ir.Value:

@@ -81,8 +81,9 @@ class FusedLayers:
     def add_features(self, residual: Residual, part: int) -> None:
         self._features.add(residual, part)
 
-    def head(self, x: Residual, norm: str, name: str, rows: ir.Value) -> ir.Value:
-        return self._linear(self._builder.op("Gather", x.value, rows, axis=0), name, norm=norm)
+    def head(self, x: Residual, norm: str, name: str, rows: ir.Value | None) -> ir.Value:
+        chosen = x.value if rows is None else self._builder.op("Gather", x.value, rows, axis=0)
+        return self._linear(chosen, name, norm=norm)
 
     def _linear(
         self,

@@ -11,6 +11,7 @@ class StepInputs:
 
     IDS = "ids"  # [T]: token ids; -1 - s takes the token that was last chosen for slot s
     SLOT_TOKENS = "slot_tokens"  # [slots]: those tokens
+    SLOTS = "slots"  # [B]: each sequence's slot; only for steps of one token for each, the one last chosen for it
     FEATURE_INDEX = "feature_index"  # [T]: the row of `features` that stands for the token, -1 for text
     FEATURES = "features"  # activations [F, feature_width], F > 0
     POSITIONS = "positions"  # [3, T]; only for three-axis rotary embedding

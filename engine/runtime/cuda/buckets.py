@@ -23,13 +23,17 @@ class Buckets:
 
     def __init__(self, max_batch: int, context_length: int) -> None:
         self._batches = list(_batches(max_batch))
-        self._contexts = list(_contexts(context_length))
+        self._contexts = list(contexts(context_length))
+        starts = (0, *self._contexts)
+        self._buckets = [
+            [Bucket(batch, shorter, context) for batch in self._batches]
+            for shorter, context in zip(starts, self._contexts, strict=False)
+        ]
 
     def __iter__(self) -> Iterator[Bucket]:
         """The largest first: what it takes of working memory is enough for all others."""
-        for index in reversed(range(len(self._contexts))):
-            for batch in reversed(self._batches):
-                yield self._bucket(batch, index)
+        for column in reversed(self._buckets):
+            yield from reversed(column)
 
     def __len__(self) -> int:
         return len(self._batches) * len(self._contexts)
@@ -39,10 +43,7 @@ class Buckets:
         row, column = bisect.bisect_left(self._batches, batch), bisect.bisect_left(self._contexts, longest)
         if row == len(self._batches) or column == len(self._contexts):
             raise ValueError(f"{batch} sequences of up to {longest} tokens are beyond what was planned for")
-        return self._bucket(self._batches[row], column)
-
-    def _bucket(self, batch: int, index: int) -> Bucket:
-        return Bucket(batch, self._contexts[index - 1] if index else 0, self._contexts[index])
+        return self._buckets[column][row]
 
 
 def _batches(limit: int) -> Iterator[int]:
@@ -56,7 +57,8 @@ def _batches(limit: int) -> Iterator[int]:
     yield limit
 
 
-def _contexts(limit: int) -> Iterator[int]:
+def contexts(limit: int) -> Iterator[int]:
+    """512, 1024, 2048, ..., and the limit."""
     size = _FIRST_CONTEXT
     while size < limit:
         yield size

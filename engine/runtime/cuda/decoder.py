@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from engine.graphs.cuda import PARTS, StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
+from engine.runtime.cuda.pieces import CapturedPieces
 from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.states import DeltaNetStates
 from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
 from engine.runtime.cuda.unfused import unfused_parts, unfused_size
 from engine.spec import DecoderSpec
 
-_SLOTS = "slots"
+Result = tuple[torch.Tensor, torch.Tensor]
+"""Logits [R, vocab], and the slots [R] int32 that they are for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Replayed:
+    """A decode step that may go on. `left` steps on, the longest sequence will be too long for its graph."""
+
+    bucket: Bucket
+    result: Result
+    left: int
+    increments: Int32 | None = None
 
 
 class PagedDecoder:
@@ -42,15 +54,16 @@ class PagedDecoder:
         context_length: int,
         step_tokens: int,
         paged: bool = True,
+        pieces: bool = True,
         cache_scales: Mapping[str, torch.Tensor] | None = None,
         decoding: GraphSession | None = None,
         mutual: GraphSession | None = None,
         states: DeltaNetStates | None = None,
     ) -> None:
         """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `paged` as the graph was made.
-        `cache_scales` are the inputs `StepInputs.cache_scale` of a graph with int8 caches. `decoding` runs the captured
-        steps, if not the same session does all; `mutual` those steps, where the model has any. `states` are those that
-        linear attention needs, made here unless they are given.
+        With `pieces` short pieces of prompts are captured. `cache_scales` are the inputs `StepInputs.cache_scale` of a
+        graph with int8 caches. `decoding` runs the captured steps, in a graph for decoding; `mutual` those steps, where
+        the model has any. `states` are those that linear attention needs, made here unless they are given.
 
         `slot_tokens` int32 [slots + 1] holds the token that was last chosen for each slot.
         """
@@ -82,7 +95,12 @@ class PagedDecoder:
         size = 8 * step_tokens + 8 * slots + table + 64
         size += 0 if paged else unfused_size(step_tokens, slots, context_length)
         self._buffer = StepBuffer(size, device)
-        self._captured: dict[Bucket, tuple[Placement, Binding]] = {}
+        self._last: _Replayed | None = None
+        self._captured: dict[Bucket, tuple[Placement, Binding, torch.Tensor]] = {}
+        self._packed_bindings: dict[GraphSession, Binding] = {}
+        self._takes_pieces = pieces
+        self._pieces: CapturedPieces | None = None  # once they are captured
+        self._context_length = context_length
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
 
     @property
@@ -94,18 +112,57 @@ class PagedDecoder:
     def kv_bytes(self) -> int:
         return sum(cache.nbytes for cache in self._caches.values())
 
-    def run(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Enqueue a step; logits [R, vocab] and the slots [R] int32 they are for, until the next step."""
+    def run(self, step: PackedStep) -> Result:
+        """Enqueue a step; what it gives is there until the next."""
+        self._last = None
         if self.states is not None:
             self.states.clear(np.flatnonzero(step.past == 0).tolist())
         if step.is_decode and self._paged and self._is_captured(step):
             return self._decode(step)
+        if self._pieces is not None and self._pieces.takes(step):
+            return self._logits[: len(step.slots)], self._pieces.run(step)
         return self._packed(step)
 
+    def go_on(self) -> Result | None:
+        """Enqueue the last step again, with each of its sequences a token further.
+
+        None if that was no decode step, or needs another graph: then `run` does it.
+        """
+        last = self._last
+        if last is None or not last.left:
+            return None
+        last.left -= 1
+        place, binding, _ = self._captured[last.bucket]
+        if last.increments is None:
+            changing = [name for name in (StepInputs.PAST, StepInputs.POSITIONS) if name in place.starts]
+            last.increments = place.increments(changing, len(last.result[0]))
+        place.go_on(last.increments)
+        self._decoding.run(binding, self._graphs[last.bucket])
+        return last.result
+
     def capture(self) -> None:
-        """Record every bucket's graph, with rows that write to block 0. States of sequences do not survive it."""
-        for bucket in self.buckets if self._paged else ():
+        """Record all graphs, with rows that write to block 0. States of sequences do not survive it."""
+        if not self._paged:
+            return
+        for bucket in self.buckets:
             self._replay(bucket, _stand_in(bucket, self.spec.rope.axes))
+        if self._takes_pieces and self.states is None and not self._cache_scales:
+            self._pieces = self._captured_pieces()
+            self._pieces.capture()
+
+    def _captured_pieces(self) -> CapturedPieces:
+        """For models without states, which capturing would write, and caches that prefill need not widen."""
+        return CapturedPieces(
+            self._session,
+            lambda inputs, features: self._bind(self._session, inputs, features, 1, 2),
+            self._buffer,
+            axes=self.spec.rope.axes,
+            block_size=self._block_size,
+            step_tokens=self._step_tokens,
+            context_length=self._context_length,
+            feature_width=self.spec.feature_width,
+            dtype=self.dtype,
+        )
 
     def rehearse(self) -> None:
         """Run the largest prefill step there can be, so that the working memory it takes is taken."""
@@ -128,6 +185,9 @@ class PagedDecoder:
     def close(self) -> None:
         """Let go of the session, its graphs and bindings, and KV memory; nothing runs afterwards."""
         self._captured.clear()
+        self._packed_bindings.clear()
+        if self._pieces is not None:
+            self._pieces.close()
         self._caches.clear()
         self.states = None
         del self._session, self._decoding, self._mutual
@@ -142,45 +202,57 @@ class PagedDecoder:
         bucket = self.buckets.find(len(step.ids), step.longest)
         return bucket in self._captured and self.states.free_from(len(step.ids), bucket.batch)
 
-    def _decode(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        place = self._replay(self.buckets.find(len(step.ids), step.longest), step)
+    def _decode(self, step: PackedStep) -> Result:
+        bucket = self.buckets.find(len(step.ids), step.longest)
+        slots = self._replay(bucket, step)
         count = len(step.slots)
-        return self._logits[:count], place.view(_SLOTS)[:count]
+        result = self._logits[:count], slots[:count]
+        if self.states is None:  # which have to be looked at before every step
+            self._last = _Replayed(bucket, result, bucket.context - step.longest)
+        return result
 
-    def _replay(self, bucket: Bucket, step: PackedStep) -> Placement:
-        """Rows behind the last sequence compute token 0 at place 0 of block 0."""
-        place, binding = self._captured_bucket(bucket)
+    def _replay(self, bucket: Bucket, step: PackedStep) -> torch.Tensor:
+        """The slots on the device. Rows behind the last sequence compute slot 0's token at place 0 of block 0."""
+        place, binding, slots = self._captured_bucket(bucket)
         parts = {
             StepInputs.IDS: step.ids,
             StepInputs.PAST: step.past,
-            StepInputs.BLOCK_TABLE: step.tables,
-            _SLOTS: step.slots,
+            StepInputs.BLOCK_TABLE: step.tables[:, : self._columns(bucket)],
+            StepInputs.SLOTS: step.slots,
         }
         if self.spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = step.positions
         place.upload(parts)
+        if step.ids.max() >= 0:
+            self._choose(place.view(StepInputs.IDS)[: len(step.ids)], slots[: len(step.ids)])
         self._decoding.run(binding, self._graphs[bucket])
-        return place
+        return slots
 
-    def _captured_bucket(self, bucket: Bucket) -> tuple[Placement, Binding]:
+    def _choose(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
+        """Tokens that the host knows become the last of their slots: a prompt's last one may be alone in a step."""
+        places = slots.long()
+        self._slot_tokens.index_copy_(0, places, torch.where(ids < 0, self._slot_tokens[places], ids))
+
+    def _captured_bucket(self, bucket: Bucket) -> tuple[Placement, Binding, torch.Tensor]:
         if bucket not in self._captured:
             self._captured[bucket] = self._bind_bucket(bucket)
         return self._captured[bucket]
 
-    def _bind_bucket(self, bucket: Bucket) -> tuple[Placement, Binding]:
+    def _bind_bucket(self, bucket: Bucket) -> tuple[Placement, Binding, torch.Tensor]:
         """What changes from step to step, and what never does: one token for each of `batch` sequences."""
         batch, device = bucket.batch, self._slot_tokens.device
         place = self._buffer.place(self._shapes(bucket))
         order = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        inputs = {name: place.view(name) for name in place.starts if name != _SLOTS} | {
+        inputs = {name: place.view(name) for name in place.starts} | {
             StepInputs.STARTS: order,
             StepInputs.LOGITS_ROWS: order[:batch],
             StepInputs.FEATURE_INDEX: torch.full((batch,), -1, dtype=torch.int32, device=device),
             StepInputs.BOUNDS: torch.tensor([1, bucket.context, bucket.shorter + 1], dtype=torch.int32),
         }
-        return place, self._bind(self._decoding, inputs, self._no_features, batch, batch)
+        binding = self._bind(self._decoding, inputs, self._no_features, batch, batch)
+        return place, binding, place.view(StepInputs.SLOTS)
 
-    def _packed(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
+    def _packed(self, step: PackedStep) -> Result:
         columns = -(-step.longest // self._block_size)
         # The head runs over one row at least.
         rows = step.logits_rows if len(step.logits_rows) else np.zeros(1, np.int32)
@@ -190,7 +262,7 @@ class PagedDecoder:
             StepInputs.BLOCK_TABLE: step.tables[:, :columns],
             StepInputs.LOGITS_ROWS: rows,
             StepInputs.FEATURE_INDEX: no_image if step.feature_index is None else step.feature_index,
-            _SLOTS: step.slots,
+            StepInputs.SLOTS: step.slots,
         }
         if self.spec.rope.axes == 3:
             parts[StepInputs.POSITIONS] = step.positions
@@ -205,12 +277,15 @@ class PagedDecoder:
             parts[StepInputs.STARTS] = np.concatenate([[0], np.cumsum(step.counts)]).astype(np.int32)
         place = self._buffer.place({name: part.shape for name, part in parts.items()})
         place.upload(parts)
-        inputs = {name: place.view(name) for name in parts if name != _SLOTS}
+        inputs = {name: place.view(name) for name in parts if name != StepInputs.SLOTS}
         features = self._no_features if step.features is None else step.features
         session = self._mutual if step.mutual else self._session
         assert session is not None, "This is a bug: a step of images that see themselves, for a model that has none."
-        session.run(self._bind(session, inputs | host_inputs, features, len(rows), len(step.counts)))
-        return self._logits[: len(step.slots)], place.view(_SLOTS)
+        bound = (inputs | host_inputs, features, len(rows), len(step.counts))
+        binding = self._bind(session, *bound, reuse=self._packed_bindings.get(session))
+        self._packed_bindings[session] = binding
+        session.run(binding)
+        return self._logits[: len(step.slots)], place.view(StepInputs.SLOTS)
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
         """Of what changes from one decode step to the next."""
@@ -219,7 +294,7 @@ class PagedDecoder:
             StepInputs.IDS: (batch,),
             StepInputs.PAST: (batch,),
             StepInputs.BLOCK_TABLE: (batch, self._columns(bucket)),
-            _SLOTS: (batch,),
+            StepInputs.SLOTS: (batch,),
         }
         return shapes | ({StepInputs.POSITIONS: (3, batch)} if self.spec.rope.axes == 3 else {})
 
@@ -230,6 +305,8 @@ class PagedDecoder:
         features: torch.Tensor,
         rows: int,
         sequences: int,
+        *,
+        reuse: Binding | None = None,
     ) -> Binding:
         shared = {StepInputs.SLOT_TOKENS: self._slot_tokens, StepInputs.FEATURES: features} | self._cache_scales
         written = {
@@ -239,7 +316,7 @@ class PagedDecoder:
         }
         states, after = self.states.bound(sequences) if self.states is not None else ({}, {})
         outputs = {StepInputs.LOGITS: self._logits[:rows]} | written | after
-        return session.bind(inputs | shared | self._caches | states, outputs)
+        return session.bind(inputs | shared | self._caches | states, outputs, reuse)
 
     def _columns(self, bucket: Bucket) -> int:
         return -(-bucket.context // self._block_size)

@@ -29,7 +29,8 @@ def open_encoder(artifact: Artifact, activations: FloatType, device: torch.devic
     """The tower on torch's current stream of `device`. Raises torch.OutOfMemoryError."""
     graph = cuda_tower(artifact, activations)
     weights = DeviceWeights(artifact, device)
-    session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device)
+    waits = activations == "float32"
+    session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, waits=waits)
     return CudaEncoder(session, artifact.spec, activations, device, weight_bytes=weights.nbytes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +38,16 @@ class PackedStep:
     feature_index: Int32 | None = None
     mutual: bool = False
 
+    def go_on(self, tokens: int) -> None:
+        """Become a later step of the same sequences, if this one is a decode step: each is so many tokens further."""
+        np.add(self.past, tokens, out=self.past)
+        np.add(self.positions, tokens, out=self.positions)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, the new ones included."""
+        if len(self.ids) == len(self.counts):
+            return int(self.past.max()) + 1
         return int((self.past + self.counts).max())
 
     @property
@@ -81,7 +88,7 @@ class Placement:
         if self.size > len(buffer.device):
             raise ValueError(f"a step of {self.size} values is larger than its buffer of {len(buffer.device)}")
         self._device = buffer.device[: self.size]
-        self._hosts: dict[int, tuple[torch.Tensor, dict[str, Int32]]] = {}
+        self._hosts: dict[int, tuple[torch.Tensor, Int32, dict[str, Int32]]] = {}
 
     def view(self, name: str) -> torch.Tensor:
         """The part on the device, in its shape."""
@@ -91,23 +98,41 @@ class Placement:
     def upload(self, parts: Mapping[str, Int32]) -> None:
         """Enqueue the copy of a step. A part that is smaller than its place is followed by zeros in every direction."""
         self._buffer.turn = (self._buffer.turn + 1) % _RING
-        host, views = self._host(self._buffer.turn)
+        host, _, views = self._host(self._buffer.turn)
         for name, part in parts.items():
             view = views[name]
             if view.shape != part.shape:
                 view.fill(0)
-                view = view[tuple(map(slice, part.shape))]
+                view = view[tuple([slice(size) for size in part.shape])]
             view[...] = part
         self._device.copy_(host, non_blocking=True)
 
-    def _host(self, turn: int) -> tuple[torch.Tensor, dict[str, Int32]]:
-        """The ring's buffer and its parts."""
+    def increments(self, names: Iterable[str], count: int) -> Int32:
+        """For `go_on`: 1 in the first `count` columns of these parts, 0 elsewhere."""
+        flat = np.zeros(self.size, np.int32)
+        views = self._views(flat)
+        for name in names:
+            views[name][..., :count] = 1
+        return flat
+
+    def go_on(self, increments: Int32) -> None:
+        """Enqueue the copy of what was uploaded last, and here, with something added."""
+        _, last, _ = self._host(self._buffer.turn)
+        self._buffer.turn = (self._buffer.turn + 1) % _RING
+        host, flat, _ = self._host(self._buffer.turn)
+        np.add(last, increments, out=flat)
+        self._device.copy_(host, non_blocking=True)
+
+    def _host(self, turn: int) -> tuple[torch.Tensor, Int32, dict[str, Int32]]:
+        """The ring's buffer, as an array too, and its parts."""
         if turn not in self._hosts:
             host = self._buffer.hosts[turn][: self.size]
             flat = host.numpy()
-            views = {
-                name: flat[start : start + math.prod(self._shapes[name])].reshape(self._shapes[name])
-                for name, start in self.starts.items()
-            }
-            self._hosts[turn] = host, views
+            self._hosts[turn] = host, flat, self._views(flat)
         return self._hosts[turn]
+
+    def _views(self, flat: Int32) -> dict[str, Int32]:
+        return {
+            name: flat[start : start + math.prod(self._shapes[name])].reshape(self._shapes[name])
+            for name, start in self.starts.items()
+        }

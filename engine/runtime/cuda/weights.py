@@ -32,6 +32,7 @@ class DeviceWeights:
         self._artifact = artifact
         self._device = device
         self._whole: dict[tuple[str, str, str], torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +48,10 @@ class DeviceWeights:
             self._whole[key] = self._uploaded(weight)
         first, stop = weight.rows
         whole = self._whole[key]
-        if weight.form == "block_scales":  # a repeated column: made for each graph, a sixteenth of the weights' bytes
-            return whole[first:stop, None].expand(weight.shape).contiguous()
+        if weight.form == "block_scales":  # a repeated column: a sixteenth of the weights' bytes
+            if weight.name not in self._scales:
+                self._scales[weight.name] = whole[first:stop, None].expand(weight.shape).contiguous()
+            return self._scales[weight.name]
         return whole[first:stop].view(weight.shape)
 
     def _uploaded(self, weight: DeviceWeight) -> torch.Tensor:

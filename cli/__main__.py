@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 # command -> (module, one line of help); modules are imported only when their command runs, so that each starts fast.
@@ -33,9 +34,14 @@ def main(arguments: list[str]) -> int:
             importlib.import_module(module).add_arguments(command)
     parsed = parser.parse_args(arguments)
     try:
-        return int(importlib.import_module(COMMANDS[parsed.command][0]).run(parsed))
+        code = int(importlib.import_module(COMMANDS[parsed.command][0]).run(parsed))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads has seen enough, as in `| head`; what is left has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def ensure_environment(*, development: bool) -> None:
         return
     with _exclusive():
         if not (VENV / "bin" / "python").exists():
-            _say("making .venv")
+            _say("making .venv, once: about 3 GB of packages are downloaded, which takes minutes")
             venv.create(VENV, with_pip=True)
         for name, files, options in layers:
             if not _is_installed(name, files):

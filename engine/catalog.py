@@ -130,6 +130,7 @@ def find_checkpoint(name: str, storage: Path) -> Path:
     if wanted not in known:
         raise UnknownModel(
             f"unknown model {name!r}; known models: {', '.join(sorted(known))}. "
-            f"To add one, put its Hugging Face folder under {models_folder(storage)}"
+            f"To add one, put its Hugging Face folder under {models_folder(storage)}; a predefined model"
+            " (./tessera list) or a repository (owner/name) is downloaded by ./tessera pull or at its first request"
         )
     return known[wanted]

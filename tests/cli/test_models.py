@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,3 +119,12 @@ def test_an_unknown_name_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     assert "tessera pull: unknown model 'nonsense'" in capsys.readouterr().err
     assert main(["convert", "nonsense", "--storage", str(tmp_path)]) == 1
     assert "tessera convert: unknown model 'nonsense'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_crash() -> None:
+    command = [sys.executable, "-m", "cli", "list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        listing.stdout.close()
+        assert listing.stderr is not None
+        assert listing.stderr.read() == ""

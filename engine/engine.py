@@ -225,7 +225,7 @@ class Engine:
         layouts = model.layouts(request.shown, self.config.max_image_megapixels)
         prompt = model.prompts.build(request.messages, layouts, tools=request.tools, thinking=request.thinking)
         stream.reader = model.prompts.reader(request.tools, opens_thinking=prompt.opens_thinking)
-        max_tokens = _fit(len(prompt.token_ids), request.sampling.max_tokens, model.context_length)
+        max_tokens = _fit(prompt.extent, request.sampling.max_tokens, model.context_length)
         key = self._answer_key(model, request, prompt)
         if (answer := self._known_answer(model, key)) is not None:
             _replay(answer, stream, accepted)

@@ -192,12 +192,13 @@ def _is_there(video: VideoFile, frame: VideoFrame, index: int, wanted: int) -> b
 
 
 def _upright(video: VideoFile, frame: VideoFrame) -> NDArray[np.uint8]:
-    picture: NDArray[Any] = np.rot90(frame.to_ndarray(format="rgb24"), video.turns)
-    if picture.shape[:2] != (video.height, video.width):
+    size = (frame.height, frame.width) if video.turns % 2 else (frame.width, frame.height)
+    if size != (video.width, video.height):
         raise InvalidVideo(
-            f"the video changes its size from {video.width}x{video.height} pixels to"
-            f" {picture.shape[1]}x{picture.shape[0]}; convert it to one size"
+            f"the video changes its size from {video.width}x{video.height} to {size[0]}x{size[1]} pixels;"
+            " convert it to one size"
         )
+    picture: NDArray[Any] = np.rot90(frame.to_ndarray(format="rgb24"), video.turns)
     return picture
 
 

@@ -36,6 +36,11 @@ class Prompt:
     opens_thinking: bool = False
     whole_images: bool = False
 
+    @property
+    def extent(self) -> int:
+        """Tokens, or positions where those reach further: those of a video may be as far apart as its seconds."""
+        return len(self.token_ids) + max(0, self.position_delta)
+
     def piece_end(self, start: int, stop: int) -> int:
         """Where a piece of the prompt from `start` to about `stop` ends: the rest of an image is one, of any size."""
         for span in self.image_spans if self.whole_images else ():

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from engine.errors import ContextOverflow
 from engine.request import Image, Message, Part, Request, SamplingParams, Text, Video
 from tests.engine.asking import ask, picture, request
 from tests.engine.conftest import Start, tiny_gemma3
@@ -191,6 +192,37 @@ def test_answers_about_images_of_odd_sizes_are_transformers(tiny: Tiny, start: S
             assert [answer.wait().text for answer in answers] == wanted
         assert answers[-1].finished is not None
         assert answers[-1].finished.usage.reused_tokens > 0
+
+
+def test_a_video_of_minutes_is_continued_at_its_own_positions(storage: Path, start: Start) -> None:
+    """Beyond its tokens. The reference computes every token anew: transformers' `generate` forgets the seconds."""
+    tiny, slow = make("qwen2_5_vl", storage), film(6, (64, 64), fps=0.05)
+    inputs = tiny.reference.inputs([message([slow, "What?"])], [], [slow])
+    prompt: torch.Tensor = inputs.pop("input_ids")
+    kinds = inputs.pop("mm_token_type_ids")
+    grid = {name: inputs[name] for name in ("video_grid_thw", "second_per_grid_ts")}
+    model: Any = tiny.model
+    del inputs["attention_mask"]
+    positions, delta = model.model.get_rope_index(prompt, kinds, **grid)
+    assert delta > 100
+    tokens = prompt
+    with torch.no_grad():
+        for place in range(prompt.shape[1], prompt.shape[1] + TOKENS):
+            logits = model(input_ids=tokens, mm_token_type_ids=kinds, position_ids=positions, use_cache=False, **inputs)
+            tokens = torch.cat([tokens, logits.logits[:, -1:].argmax(-1)], 1)
+            kinds = torch.cat([kinds, kinds.new_zeros(1, 1)], 1)
+            positions = torch.cat([positions, torch.full((3, 1, 1), place + int(delta))], 2)
+    wanted = tiny.reference.processor.tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+    sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    answer = ask(start(precision="fp32"), Request("qwen2_5_vl", (message([slow, "What?"]),), sampling))
+    assert answer.wait().text == wanted
+
+
+def test_a_video_whose_seconds_reach_beyond_the_context_is_refused(storage: Path, start: Start) -> None:
+    make("qwen2_5_vl", storage)
+    slow = film(6, (64, 64), fps=0.005)
+    answer = ask(start(precision="fp32"), Request("qwen2_5_vl", (message([slow, "What?"]),), SamplingParams())).wait()
+    assert isinstance(answer.error, ContextOverflow)
 
 
 def test_answers_about_videos_are_transformers(tiny_with_video: Tiny, start: Start) -> None:

@@ -16,7 +16,22 @@ from collections.abc import Generator
 
 from engine.config import EngineConfig
 from engine.errors import error_from_code
-from engine.request import Chunk, Event, Finished, Image, ImageUrl, Message, Part, Request, Text, Timings, Tool, Usage
+from engine.request import (
+    Chunk,
+    Event,
+    Finished,
+    Image,
+    ImageUrl,
+    Message,
+    Part,
+    Request,
+    Text,
+    Timings,
+    Tool,
+    Usage,
+    Video,
+    VideoUrl,
+)
 
 closed: list[str] = []
 
@@ -76,9 +91,9 @@ def _plain_part(part: Part) -> str | int:
     match part:
         case Text(text):
             return text
-        case Image(data):
+        case Image(data) | Video(data):
             return len(data)
-        case ImageUrl(url):
+        case ImageUrl(url) | VideoUrl(url):
             return url
 
 

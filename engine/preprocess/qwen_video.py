@@ -8,7 +8,6 @@ models were trained. Both limit a video's pixels, so that a longer one has small
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -83,8 +82,10 @@ class QwenVideoProcessor(ABC):
 
     @functools.cached_property
     def _digest(self) -> bytes:
+        import av  # here for the reason above
+
         return settings_digest(type(self).__name__, {
-            "av": importlib.metadata.version("av"), "patch": self._patch, "factor": self._factor,
+            "av": av.__version__, "patch": self._patch, "factor": self._factor,
             "temporal": self._temporal, "fps": self._fps, "frames": [self._min_frames, self._max_frames],
             "pixels": [self._smallest, self._largest, *self._budget],
         })  # fmt: skip

@@ -93,18 +93,19 @@ run_tests() { # those that need a GPU; their last line is no JSON, so one is mad
 
 run_all() {
     local fp16=(--precision fp16) qwen=qwen2-vl-2b place=(--device cuda --storage "$storage")
+    local stock=("${fp16[@]}" --kernel-fusion off)
     local fused=(--precision int8 --kernel-fusion on)
 
-    decode decode-plain 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --profile
-    decode decode-mixed 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --sampling mixed
-    decode decode-mrope 240 $qwen "${fp16[@]}" --batch 1,8,32,64,128 --rotary mrope
+    decode decode-plain 240 $qwen "${stock[@]}" --batch 1,8,32,64,128 --profile
+    decode decode-mixed 240 $qwen "${stock[@]}" --batch 1,8,32,64,128 --sampling mixed
+    decode decode-mrope 240 $qwen "${stock[@]}" --batch 1,8,32,64,128 --rotary mrope
     decode decode-int8 240 $qwen --precision int8 --kernel-fusion off --batch 1,8,32,64,128
-    decode decode-int8-kv 240 $qwen "${fp16[@]}" --kv-precision int8 --batch 1,8,32,64,128
+    decode decode-int8-kv 240 $qwen "${stock[@]}" --kv-precision int8 --batch 1,8,32,64,128
     decode decode-fp32 180 $qwen --precision fp32 --batch 1,8 --steps 24
-    decode decode-qwen3-vl-2b 180 qwen3-vl-2b "${fp16[@]}" --batch 1,32 --steps 32
-    decode decode-smolvlm-256m 180 smolvlm-256m "${fp16[@]}" --batch 1,32 --steps 32
-    decode decode-smolvlm-2.2b 180 smolvlm-2.2b "${fp16[@]}" --batch 1,32 --steps 32
-    measure decode-qwen2.5-vl-7b 1 400 decode --shape qwen2.5-vl-7b --device cuda "${fp16[@]}" --context 1024 \
+    decode decode-qwen3-vl-2b 180 qwen3-vl-2b "${stock[@]}" --batch 1,32 --steps 32
+    decode decode-smolvlm-256m 180 smolvlm-256m "${stock[@]}" --batch 1,32 --steps 32
+    decode decode-smolvlm-2.2b 180 smolvlm-2.2b "${stock[@]}" --batch 1,32 --steps 32
+    measure decode-qwen2.5-vl-7b 1 400 decode --shape qwen2.5-vl-7b --device cuda "${stock[@]}" --context 1024 \
         --batch 1,32 --steps 32 # 30 GB on disk, for as long as it runs
     decode decode-fused-int8 240 $qwen "${fused[@]}" --batch 1,8,32,64,128 --profile
     decode decode-fused-int8-mixed 240 $qwen "${fused[@]}" --batch 1,8,32,128 --sampling mixed
@@ -120,7 +121,7 @@ run_all() {
         --context 512,1024,2048 # against `prefill`
     measure vision 1 240 vision --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,4,8,16 --image-size 640x480
     measure vision-smolvlm-256m 1 180 vision --shape smolvlm-256m "${place[@]}" "${fp16[@]}" --batch 1,4
-    decode rival 400 $qwen "${fp16[@]}" --batch 1,32 --steps 32 --rival transformers
+    decode rival 400 $qwen "${stock[@]}" --batch 1,32 --steps 32 --rival transformers
     measure ttft 1 240 ttft --shape $qwen "${place[@]}" "${fp16[@]}"
     measure serve 1 300 serve --shape $qwen "${place[@]}" "${fp16[@]}" --image-size 640x480 --prompt-tokens 128 \
         --output-tokens 128 --concurrency 64 --requests 960 --trace

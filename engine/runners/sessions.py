@@ -72,9 +72,11 @@ def open_sessions(
         scales = scale_inputs(kv_ranges(*measured, fusion), spec.decoder.attention_layers, device)
     torch.cuda.empty_cache()  # what measuring took
     paged = activations != "float32"  # PagedAttention has no kernel for it
+    # Rotary operators refuse a call of more tokens than their tables have.
+    positions = max(spec.decoder.context_length, step_tokens)
     make_graph = partial(
         cuda_decoder,
-        *(artifact, activations, spec.decoder.context_length),
+        *(artifact, activations, positions),
         paged=paged,
         int8_cache=int8_cache,
         fusion=fusion,

@@ -36,6 +36,15 @@ class Part(NamedTuple):
     stop: int
 
 
+def _open_decoding(
+    device: torch.device, graph: CudaGraph, weights: dict[str, torch.Tensor], folder: Path
+) -> GraphSession:
+    if device.type == "cuda":
+        return CudaSession(graph, weights, folder, device, captures=True, few_shapes=True)
+    return ReferenceSession(graph.model, weights)
+
+
+
 class Paged:
     """A decoder on the reference session, on ONNX Runtime's CPU provider where that has all operators, or on a device.
 
@@ -70,8 +79,9 @@ class Paged:
         decoding = None
         if paged:
             decode_graph = make_graph(decode=True)
-            opened = open_decoding or (lambda graph, weights, folder: ReferenceSession(graph.model, weights))
-            decoding = opened(decode_graph, on_device.upload(decode_graph.weights), artifact.folder)
+            decoding = (open_decoding or partial(_open_decoding, device))(
+                decode_graph, on_device.upload(decode_graph.weights), artifact.folder
+            )
         self._cpu_provider, self._folder, self._device, self._block = cpu_provider, artifact.folder, device, block
         self.session = self._open(graph, on_device)
         self.dtype = torch_type(activations)

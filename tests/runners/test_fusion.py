@@ -97,7 +97,8 @@ def test_kernels_that_cannot_be_compiled_are_not_tuned(opening: Opening, monkeyp
     [
         ("auto", "int8", (9, 0), BOTH),
         ("auto", "int8", (8, 6), STOCK),
-        ("auto", "bf16", (9, 0), STOCK),
+        ("auto", "bf16", (9, 0), Fusion(linear=False, attention=True)),
+        ("auto", "fp16", (8, 9), STOCK),
         ("on", "bf16", (8, 6), Fusion(linear=False, attention=True)),
         ("on", "fp32", (9, 0), STOCK),
         ("off", "int8", (9, 0), STOCK),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import json
 import logging
@@ -41,16 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A line per fact, or per replica; 1 when something keeps the engine from answering."""
-    logging.disable(logging.WARNING)  # what would be warned of is a line here
     findings = []
-    for finding in _findings(args):
-        findings.append(finding)
-        if not args.json:
-            print(f"{finding.name:<12} {'' if finding.ok else 'PROBLEM: '}{finding.text}", flush=True)
+    with _no_warnings():
+        for finding in _findings(args):
+            findings.append(finding)
+            if not args.json:
+                print(f"{finding.name:<12} {'' if finding.ok else 'PROBLEM: '}{finding.text}", flush=True)
     ok = all(finding.ok for finding in findings)
     if args.json:
         print(json.dumps({"ok": ok, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
     return int(not ok)
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """What would be warned of is a line here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:

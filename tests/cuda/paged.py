@@ -44,7 +44,6 @@ def _open_decoding(
     return ReferenceSession(graph.model, weights)
 
 
-
 class Paged:
     """A decoder on the reference session, on ONNX Runtime's CPU provider where that has all operators, or on a device.
 

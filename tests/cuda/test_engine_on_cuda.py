@@ -15,7 +15,7 @@ from engine.graphs.cuda.fused import Fusion
 from engine.request import Image, Request, Video
 from tests.cuda.conftest import StartOnGpu
 from tests.cuda.fake_device import FakeGpu, decoder_of, settle
-from tests.engine.asking import about, ask, mixed_requests, picture, replica, request
+from tests.engine.asking import about, ask, mixed_requests, note_set_backs, picture, replica, request
 from tests.engine.conftest import Start
 from tests.preprocess.films import film
 
@@ -221,23 +221,10 @@ def test_sequences_that_are_set_back_say_the_same(on_gpu: StartOnGpu) -> None:
     expected = together(on_gpu(), requests)
     tight = on_gpu(FakeGpu(blocks=16))
     scheduler = replica(tight, "tiny-qwen2-vl").scheduler
-    outputs = _set_back_outputs(scheduler)
+    outputs = note_set_backs(scheduler)
     assert together(tight, requests) == expected
     assert any(outputs), "no sequence with output was set back"
     settle(tight, "tiny-qwen2-vl")
-
-
-def _set_back_outputs(scheduler: Any) -> list[int]:
-    """From now on, how many tokens of output each sequence has when it is set back."""
-    outputs: list[int] = []
-    set_back = scheduler._set_back
-
-    def counted(sequence: Any) -> None:
-        outputs.append(len(sequence.output))
-        set_back(sequence)
-
-    scheduler._set_back = counted
-    return outputs
 
 
 def test_a_request_that_could_never_fit_is_refused_with_the_numbers(on_gpu: StartOnGpu) -> None:

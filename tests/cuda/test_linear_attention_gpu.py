@@ -30,7 +30,7 @@ from tests.cuda.operators import MICROSOFT, OPERATORS
 from tests.cuda.paged import CPU, Paged, Part
 from tests.cuda.reference import ReferenceSession
 from tests.engine.asking import ask, picture, request
-from tests.engine.test_vision_families import qwen3_5
+from tests.engine.test_linear_attention import MODEL, with_model
 from tests.runtime import models
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import PROMPT, Tiny
@@ -288,10 +288,7 @@ def replays(decoder: PagedDecoder, rows: int) -> bool:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engine-storage")
-    made = qwen3_5(folder / "models" / "tiny-qwen3-5")
-    randomise(made.model).save_pretrained(made.reference.folder)
-    return folder
+    return with_model(tmp_path_factory.mktemp("engine-storage"))
 
 
 def told(storage: Path, requests: Sequence[Request], **settings: Any) -> list[tuple[str, str, int, int]]:
@@ -317,7 +314,7 @@ def test_an_engine_answers_as_on_the_cpu(storage: Path, precision: str, shown: b
     requests = []
     for seed in range(6):
         parts: list[str | bytes] = [picture(seed % 2, (64, 64))] if shown else []
-        requests.append(request(*parts, words + "so " * seed, model="tiny-qwen3-5", max_tokens=16, ignore_eos=True))
+        requests.append(request(*parts, words + "so " * seed, model=MODEL, max_tokens=16, ignore_eos=True))
     on_cpu = told(storage, requests, device="cpu", precision="int8" if precision == "int8" else "fp32")
     on_gpu = told(storage, requests, device="cuda", precision=precision, gpu_memory=4096)
     alike = [_alike(one[0], other[0]) for one, other in zip(on_gpu, on_cpu, strict=True)]

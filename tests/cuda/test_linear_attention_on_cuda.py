@@ -16,21 +16,14 @@ from tests.cuda.paged import Paged, Part
 from tests.cuda.test_engine_on_cuda import alone, on_cpu, together
 from tests.engine.asking import ask, mixed_requests, note_set_backs, picture, replica, request
 from tests.engine.conftest import Start
-from tests.engine.test_vision_families import qwen3_5
+from tests.engine.test_linear_attention import MODEL, SIZES, with_model
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import make_tiny
-from tests.runtime.models import randomise
-
-MODEL = "tiny-qwen3-5"
-SIZES = [(64, 64), (130, 80), (90, 140)]
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
-    tiny = qwen3_5(folder / "models" / MODEL)
-    randomise(tiny.model).save_pretrained(tiny.reference.folder)
-    return folder
+    return with_model(tmp_path_factory.mktemp("storage"))
 
 
 def asked(count: int) -> list[Request]:

@@ -17,12 +17,16 @@ MODEL = "tiny-qwen3-5"
 SIZES = [(64, 64), (130, 80), (90, 140)]
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
+def with_model(folder: Path) -> Path:
+    """The storage folder, with MODEL in it."""
     tiny = qwen3_5(folder / "models" / MODEL)
     randomise(tiny.model).save_pretrained(tiny.reference.folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_model(tmp_path_factory.mktemp("storage"))
 
 
 def test_64_requests_together_give_exactly_the_tokens_that_each_gives_alone(start: Start) -> None:

@@ -98,6 +98,8 @@ run_all() {
 
     decode decode-plain 240 $qwen "${stock[@]}" --batch 1,8,32,64,128 --profile
     decode decode-mixed 240 $qwen "${stock[@]}" --batch 1,8,32,64,128 --sampling mixed
+    decode decode-constrained 180 $qwen "${fp16[@]}" --batch 1,32 --sampling constrained
+    decode decode-constrained-int8 180 $qwen "${fused[@]}" --batch 1,32 --sampling constrained
     decode decode-mrope 240 $qwen "${stock[@]}" --batch 1,8,32,64,128 --rotary mrope
     decode decode-int8 240 $qwen --precision int8 --kernel-fusion off --batch 1,8,32,64,128
     decode decode-int8-kv 240 $qwen "${stock[@]}" --kv-precision int8 --batch 1,8,32,64,128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,22 @@ MIXED: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.2},
     {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02, "frequency_penalty": 0.2, "seed": 11},
 )
+_FIELDS = {
+    "name": {"type": "string", "minLength": 8, "maxLength": 60},
+    "kind": {"enum": ["invoice", "receipt", "letter", "form"]},
+    "total": {"type": "number", "minimum": 0, "maximum": 100000},
+    "paid": {"type": "boolean"},
+    "lines": {"type": "array", "items": {"type": "string", "minLength": 4, "maxLength": 20}, "maxItems": 4},
+}
+_ITEMS = 1000  # more than any row has time for
+SCHEMA = json.dumps(
+    {
+        "type": "array",
+        "items": {"type": "object", "properties": _FIELDS, "required": [*_FIELDS], "additionalProperties": False},
+        "minItems": _ITEMS,
+    }
+)
+"""What people ask for: objects of texts, words from a list, numbers and lists; so many that no answer ends."""
 
 
 COLUMNS = (
@@ -40,6 +57,7 @@ COLUMNS = (
     ("tok/s", "tokens_per_s"),
     ("limit ms", "limit_ms"),
     ("share", "share"),
+    ("overhead", "overhead"),
     ("kernels/wall", "profile.kernel_share"),
 )
 
@@ -48,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_engine(parser)
     options.add_steps(parser)
     parser.add_argument("--steps", type=int, default=64, help="steps per row (default: 64)")
-    parser.add_argument("--sampling", choices=["greedy", "mixed"], default="greedy")
+    parser.add_argument(
+        "--sampling",
+        choices=["greedy", "mixed", "constrained"],
+        default="greedy",
+        help="constrained: every sequence by a JSON schema, each row against the same one without (default: greedy)",
+    )
     parser.add_argument("--profile", action="store_true", help="trace kernels (CUDA) after each row's timed steps")
     parser.add_argument("--rival", choices=["transformers"], help="measure the same work with another engine as well")
 
@@ -60,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     with storage_folder(arguments) as storage:
         with open_bench(arguments, storage, part, settings, room(arguments), max(arguments.batch)) as bench:
             rates = limits.measure_rates(bench.device, bench.model.artifact.precision)
-            rows = [attempt(f"B={b}", partial(measure_batch, arguments, bench, rates, b)) for b in arguments.batch]
+            rows = [row for batch in arguments.batch for row in _rows(arguments, bench, rates, batch)]
             report = Report(rows, bench.card() | rates.card())
             folder = bench.model.folder
         if arguments.rival:  # after the engine has given its memory back
@@ -74,6 +97,24 @@ def room(arguments: argparse.Namespace) -> int:
     """Tokens that a sequence may come to while its row is measured."""
     (context,) = arguments.context
     return int(context + 2 * (arguments.steps + WARM_UP) + 64)
+
+
+def _rows(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batch: int) -> list[Row]:
+    """One, or with constrained sampling first what it is compared with; `overhead` is its share of that one's step."""
+    name = f"B={batch}"
+    if arguments.sampling != "constrained":
+        return [attempt(name, partial(measure_batch, arguments, bench, rates, batch))]
+    free, constrained = (
+        attempt(
+            f"{name} {sampling}",
+            partial(measure_batch, argparse.Namespace(**vars(arguments) | {"sampling": sampling}), bench, rates, batch),
+        )
+        for sampling in ("greedy", "constrained")
+    )
+    if "error" not in free and "error" not in constrained:
+        ratio = constrained["step_ms"]["median"] / free["step_ms"]["median"]
+        constrained["overhead"] = round(ratio - 1, 4)
+    return [free, constrained]
 
 
 def measure_batch(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batch: int) -> Row:
@@ -165,8 +206,16 @@ def _prompt_tokens(arguments: argparse.Namespace, batch: int) -> Iterator[int]:
         yield context - half - ahead
 
 
+_SAMPLING: dict[str, tuple[dict[str, Any], ...]] = {
+    "greedy": ({},),
+    "mixed": MIXED,
+    "constrained": ({"json_schema": SCHEMA},),
+}
+
+
 def _sampling(arguments: argparse.Namespace, batch: int) -> Iterator[SamplingParams]:
     """All of a row's requests outlive its measurement."""
-    kinds = MIXED if arguments.sampling == "mixed" else ({},)
+    kinds = _SAMPLING[arguments.sampling]
     for number in range(batch):
-        yield SamplingParams(**kinds[number % len(kinds)], max_tokens=1 << 20, ignore_eos=True)
+        kind = kinds[number % len(kinds)]
+        yield SamplingParams(**kind, max_tokens=1 << 20, ignore_eos="json_schema" not in kind)

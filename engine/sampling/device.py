@@ -62,6 +62,7 @@ class DeviceSampler:
         self.slot_tokens = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self._table = torch.zeros((slots + 1, FIRST_FORBIDDEN + 4), dtype=torch.int32, device=device)
         self._counts = torch.zeros((1, 1), dtype=torch.int16, device=device)
+        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
         self._sampling = sampling or _choose_sampling(vocab, device, dtype)
 
     def assign(
@@ -107,13 +108,17 @@ class DeviceSampler:
 
         A bit per token, 32 to a word, the first token lowest, for at least the vocabulary. Asynchronous.
         """
-        staged = self._staging(masks.size, torch.int32)
-        staged.numpy()[:] = masks.reshape(-1)
-        places = self._staging(len(rows), torch.int64)
+        count = len(rows)
+        staged = self._staging(masks.nbytes, torch.uint8)
+        staged.numpy()[:] = masks.view(np.uint8).reshape(-1)
+        allowed = staged.to(self.device, non_blocking=True).view(count, -1, 1) & self._bits
+        forbidden = allowed.view(count, -1)[:, : self.vocab] == 0
+        if all(row == place for place, row in enumerate(rows)):
+            logits[:count].masked_fill_(forbidden, -torch.inf)
+            return
+        places = self._staging(count, torch.int64)
         places.numpy()[:] = rows
-        words, index = (one.to(self.device, non_blocking=True) for one in (staged, places))
-        bits = words.view(len(rows), -1, 1) >> torch.arange(32, dtype=torch.int32, device=self.device) & 1
-        forbidden = bits.view(len(rows), -1)[:, : self.vocab] == 0
+        index = places.to(self.device, non_blocking=True)
         logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, -torch.inf))
 
     @property

@@ -27,6 +27,31 @@ def test_decode_reports_steps_of_exactly_the_batch_with_its_limit(bench: Bench) 
     assert set(memory) == MEMORY
 
 
+def test_constrained_decoding_is_a_share_of_the_same_batchs_step_without(bench: Bench) -> None:
+    words = ["--device", "cpu", "--batch", "1,3", "--context", "96", "--steps", "12", "--sampling", "constrained"]
+    rows = bench("decode", *words)["rows"]
+    assert [(row["row"], row["steps"]) for row in rows] == [
+        ("B=1 greedy", 12),
+        ("B=1 constrained", 12),
+        ("B=3 greedy", 12),
+        ("B=3 constrained", 12),
+    ]
+    for free, constrained in zip(rows[::2], rows[1::2], strict=True):
+        ratio = constrained["step_ms"]["median"] / free["step_ms"]["median"]
+        assert constrained["overhead"] == pytest.approx(ratio - 1, abs=1e-3)
+
+
+def test_constrained_decoding_is_measured_on_a_device(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu()
+    monkeypatch.setattr("engine.engine.resolve", fake.devices)
+    monkeypatch.setattr("engine.runners.open_cuda.open_cuda", fake.open)
+    monkeypatch.setattr("cli.benches.limits.measure_rates", lambda *_: limits.Rates(1e9, None, None))
+    words = ["--device", "cuda", "--precision", "fp32", "--batch", "2", "--context", "96", "--steps", "6"]
+    free, constrained = bench("decode", *words, "--sampling", "constrained")["rows"]
+    assert (free["steps"], constrained["steps"]) == (6, 6)
+    assert "overhead" in constrained
+
+
 def test_with_two_devices_each_of_them_decodes_the_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeGpu(count=2)
     monkeypatch.setattr("engine.engine.resolve", fake.devices)

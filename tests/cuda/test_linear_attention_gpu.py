@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort  # type: ignore[import-untyped]
 import pytest
 import torch
-from onnx import helper
 
 from engine.checkpoints import Checkpoint
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.kernels.bridge.tensors import ELEMENT_TYPES
-from engine.request import Request
 from engine.runners.open_cuda import _take_over
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.spec import FloatType, Precision
+from tests.cuda.one_operator import DEVICE, node, run
 from tests.cuda.operators import MICROSOFT, OPERATORS
 from tests.cuda.paged import CPU, Paged, Part
 from tests.cuda.reference import ReferenceSession
-from tests.engine.asking import ask, picture, request
+from tests.cuda.told import shared_text, told
+from tests.engine.asking import picture, request
 from tests.engine.test_linear_attention import MODEL, with_model
 from tests.runtime import models
 from tests.runtime.cases import relative_error
@@ -40,8 +35,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-DEVICE = torch.device("cuda", 0)
-Tensors = dict[str, torch.Tensor]
 TYPES = [torch.float16, torch.bfloat16, torch.float32]
 LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-4}  # of the largest error, to the largest value
 RAGGED = [[1] * 7, [1, 3, 64, 65, 200], [300], [40, 1, 1, 2]]
@@ -54,46 +47,6 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 
 def starts_of(counts: Sequence[int]) -> torch.Tensor:
     return torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
-
-
-def node(kind: str, inputs: Mapping[str, torch.Tensor | None], outputs: Tensors, **attributes: Any) -> bytes:
-    """A model of one operator; None is an input that is left out."""
-    names = [name if tensor is not None else "" for name, tensor in inputs.items()]
-    one = helper.make_node(kind, names, list(outputs), domain=MICROSOFT, **attributes)
-    takes, gives = (
-        [
-            helper.make_tensor_value_info(name, ELEMENT_TYPES[tensor.dtype], [f"{name}{axis}" for axis in range(rank)])
-            for name, tensor in tensors.items()
-            if tensor is not None and (rank := tensor.dim())
-        ]
-        for tensors in (inputs, outputs)
-    )
-    graph = helper.make_graph([one], "one", takes, gives)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    source: bytes = model.SerializeToString()
-    return source
-
-
-def run(
-    source: bytes, inputs: Mapping[str, torch.Tensor | None], outputs: Tensors, *places: Mapping[str, str]
-) -> list[Tensors]:
-    """Outputs after a run on the device for each of `places`, which name those that are in an input's memory."""
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    session = ort.InferenceSession(source, options, providers=["CUDAExecutionProvider"], enable_fallback=0)
-    results = []
-    for same in places:
-        given = {name: tensor.to(DEVICE) for name, tensor in inputs.items() if tensor is not None}
-        taken = {name: given[same[name]] if name in same else tensor.to(DEVICE) for name, tensor in outputs.items()}
-        torch.cuda.synchronize()
-        binding = session.io_binding()
-        for bind, tensors in ((binding.bind_input, given), (binding.bind_output, taken)):
-            for name, tensor in tensors.items():
-                bind(name, "cuda", 0, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-        session.run_with_iobinding(binding)
-        results.append({name: tensor.cpu() for name, tensor in taken.items()})
-    return results
 
 
 def compare(kind: str, what: str, inputs: Mapping[str, Any], same: Mapping[str, str], **attributes: Any) -> None:
@@ -291,23 +244,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_model(tmp_path_factory.mktemp("engine-storage"))
 
 
-def told(storage: Path, requests: Sequence[Request], **settings: Any) -> list[tuple[str, str, int, int]]:
-    """Text, reason, tokens, and how many were reused, of each; asked together, four times."""
-    fixed = {"storage": storage, "cache_enabled": False, "max_batch_size": 4}
-    engine = Engine(EngineConfig.from_mapping(fixed | settings))
-    try:
-        results = []
-        for _ in range(4):
-            answers = [ask(engine, one) for one in requests]
-            for answer in answers:
-                result = answer.wait().result
-                assert answer.finished is not None
-                results.append((*result, answer.finished.usage.reused_tokens))
-        return results
-    finally:
-        engine.close()
-
-
 @pytest.mark.parametrize(("precision", "shown"), [("fp32", True), ("fp16", False), ("int8", True)])
 def test_an_engine_answers_as_on_the_cpu(storage: Path, precision: str, shown: bool) -> None:
     words = "what is in this image? " * 40
@@ -317,18 +253,9 @@ def test_an_engine_answers_as_on_the_cpu(storage: Path, precision: str, shown: b
         requests.append(request(*parts, words + "so " * seed, model=MODEL, max_tokens=16, ignore_eos=True))
     on_cpu = told(storage, requests, device="cpu", precision="int8" if precision == "int8" else "fp32")
     on_gpu = told(storage, requests, device="cuda", precision=precision, gpu_memory=4096)
-    alike = [_alike(one[0], other[0]) for one, other in zip(on_gpu, on_cpu, strict=True)]
-    share, reused = sum(alike) / len(alike), [one[3] for one in on_gpu]
+    share, reused = shared_text(on_gpu, on_cpu), [one[3] for one in on_gpu]
     print(f"\n{precision} {'images' if shown else 'text'}: {share:.3f} of the text is the CPU's, reused {reused}")
     assert [one[1:3] for one in on_gpu] == [one[1:3] for one in on_cpu]
     assert max(reused[-6:]) > 0, "no state was kept"
     if precision == "fp32":
         assert share > 0.9
-
-
-def _alike(one: str, other: str) -> float:
-    """The share of the characters before the first that differs."""
-    same = next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    return same / max(1, len(one), len(other))

@@ -166,11 +166,11 @@ def gemma3_text(**changes: Any) -> PreTrainedModel:
     return Gemma3ForCausalLM(config)
 
 
-def gemma3() -> PreTrainedModel:
+def gemma3(**text: Any) -> PreTrainedModel:
     """Images of 16 tokens, more than the sliding layers' window holds; patches are averaged by twos."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3Config(
-        text_config=_gemma3(layer_types=kinds, num_hidden_layers=3),
+        text_config=_gemma3(layer_types=kinds, num_hidden_layers=3, **text),
         vision_config=_siglip() | {"vision_use_head": False},
         mm_tokens_per_image=16,
         image_token_index=IMAGE_TOKEN,
@@ -185,7 +185,8 @@ def _gemma3(**changes: Any) -> dict[str, Any]:
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1_000_000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
     }
-    return _text(head_dim=32, query_pre_attn_scalar=24, sliding_window=12, rope_parameters=rope, **changes)
+    small = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 12, "rope_parameters": rope}
+    return _text(**small | changes)
 
 
 def _qwen3_5_text(**changes: Any) -> dict[str, Any]:

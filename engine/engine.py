@@ -222,7 +222,7 @@ class Engine:
 
     def _start(self, model: Model, request: Request, stream: Stream, accepted: float) -> None:
         """Answer from the cache, join identical work, or hand a new sequence to the step loop."""
-        layouts = model.layouts(request.shown, self.config.max_image_megapixels)
+        layouts = model.layouts(request.shown, self.config.max_image_megapixels, lambda: not stream.has_ended)
         prompt = model.prompts.build(request.messages, layouts, tools=request.tools, thinking=request.thinking)
         stream.reader = model.prompts.reader(request.tools, opens_thinking=prompt.opens_thinking)
         max_tokens = _fit(prompt.extent, request.sampling.max_tokens, model.context_length)
@@ -238,7 +238,7 @@ class Engine:
             number = self._numbers
         try:
             features = [self._known_features(model, layout.key) for layout in layouts]
-            images = self._pixels(model, request, layouts, features)
+            images = self._pixels(model, request, layouts, features, job)
             grammar = model.grammars.matcher(request.sampling.schema)
             sampler = SamplerState(request.sampling, prompt.token_ids, grammar=grammar)
             job.on_prepared()
@@ -255,10 +255,15 @@ class Engine:
         request: Request,
         layouts: list[ImageInput],
         features: list[NDArray[np.floating] | None],
+        job: Job,
     ) -> tuple[ImageInput, ...]:
-        """The images as the tower takes them; those whose features are known stay without pixels."""
+        """The images as the tower takes them; those whose features are known stay without pixels.
+
+        Raises Cancelled soon after the job's last stream has ended.
+        """
+        limit, is_wanted = self.config.max_image_megapixels, (lambda: not job.is_abandoned)
         return tuple(
-            layout if known is not None else model.image_input(image, self.config.max_image_megapixels)
+            layout if known is not None else model.image_input(image, limit, is_wanted)
             for image, layout, known in zip(request.shown, layouts, features, strict=True)
         )
 

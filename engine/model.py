@@ -21,10 +21,13 @@ from engine.loop import StepLoop
 from engine.preprocess import (
     DetailedProcessor,
     ImageInput,
+    IsWanted,
     QwenVideoProcessor,
+    always_wanted,
     decode_image,
     image_processor,
     image_size,
+    require_wanted,
     video_processor,
 )
 from engine.prompts import PromptBuilder
@@ -74,24 +77,28 @@ class Model:
         for replica, loop in self.replicas:
             loop.remove(replica)
 
-    def layouts(self, shown: Ordered[Image | Video], max_megapixels: float) -> list[ImageInput]:
+    def layouts(
+        self, shown: Ordered[Image | Video], max_megapixels: float, is_wanted: IsWanted = always_wanted
+    ) -> list[ImageInput]:
         """What images and videos will be to the prompt: tokens, grid and key, from the headers alone; no pixels yet.
 
         Raises InvalidImage or InvalidVideo, for one over the limit too: whether it is refused must not depend on what
-        is cached.
+        is cached. Raises Cancelled once it is not wanted.
         """
-        return [self._layout(one, max_megapixels) for one in shown]
+        return [self._layout(one, max_megapixels, is_wanted) for one in shown]
 
-    def image_input(self, shown: Image | Video, max_megapixels: float) -> ImageInput:
-        """Decode an image or a video for the tower. Raises InvalidImage or InvalidVideo."""
+    def image_input(self, shown: Image | Video, max_megapixels: float, is_wanted: IsWanted) -> ImageInput:
+        """Decode an image or a video for the tower. Raises InvalidImage or InvalidVideo, and Cancelled as above."""
+        require_wanted(is_wanted)
         if isinstance(shown, Video):
-            return self._video_processor.process(_read_video(shown, max_megapixels))
+            return self._video_processor.process(_read_video(shown, max_megapixels, is_wanted), is_wanted)
         pixels = decode_image(shown.data, max_megapixels=max_megapixels)
         return self._processor.process(pixels, shown.data, shown.detail)
 
-    def _layout(self, shown: Image | Video, max_megapixels: float) -> ImageInput:
+    def _layout(self, shown: Image | Video, max_megapixels: float, is_wanted: IsWanted) -> ImageInput:
+        require_wanted(is_wanted)
         if isinstance(shown, Video):
-            return self._video_processor.layout(_read_video(shown, max_megapixels))
+            return self._video_processor.layout(_read_video(shown, max_megapixels, is_wanted))
         size = image_size(shown.data, max_megapixels=max_megapixels)
         tokens, grid = self._processor.count(*size, shown.detail)
         return ImageInput(_NO_PIXELS, grid, tokens, self._processor.key(shown.data, shown.detail))
@@ -110,10 +117,10 @@ class Model:
         return self.videos
 
 
-def _read_video(video: Video, max_megapixels: float) -> VideoFile:
+def _read_video(video: Video, max_megapixels: float, is_wanted: IsWanted) -> VideoFile:
     from engine.preprocess.video_file import read_video  # FFmpeg, which an engine without videos has no need of
 
-    return read_video(video.data, max_megapixels=max_megapixels)
+    return read_video(video.data, max_megapixels=max_megapixels, is_wanted=is_wanted)
 
 
 def load_model(

@@ -7,7 +7,15 @@ from pathlib import Path
 from engine.preprocess.decode import decode_image, image_size
 from engine.preprocess.detail import DetailedProcessor, low_detail
 from engine.preprocess.gemma3 import Gemma3Processor
-from engine.preprocess.image_input import Grid, ImageInput, ImageProcessor, Timing
+from engine.preprocess.image_input import (
+    Grid,
+    ImageInput,
+    ImageProcessor,
+    IsWanted,
+    Timing,
+    always_wanted,
+    require_wanted,
+)
 from engine.preprocess.qwen2_vl import Qwen2VLProcessor
 from engine.preprocess.qwen_video import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor, QwenVideoProcessor
 from engine.preprocess.settings import Settings, read_settings, read_video_settings
@@ -19,13 +27,16 @@ __all__ = [
     "Grid",
     "ImageInput",
     "ImageProcessor",
+    "IsWanted",
     "QwenVideoProcessor",
     "Settings",
     "Timing",
+    "always_wanted",
     "decode_image",
     "image_processor",
     "image_size",
     "read_settings",
+    "require_wanted",
     "video_processor",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,24 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.errors import Cancelled
+
 Grid = tuple[int, int, int]
+IsWanted = Callable[[], bool]
+"""Whether anybody still waits for a piece of work. Asked often, from any thread."""
 
 _PIXELS_VERSION = 1  # raise it when this package makes other pixels of a file; features on disk are found by it
+
+
+def always_wanted() -> bool:
+    """By a caller that cannot go away."""
+    return True
+
+
+def require_wanted(is_wanted: IsWanted) -> None:
+    """Raises Cancelled."""
+    if not is_wanted():
+        raise Cancelled("nobody waits for this request any more")
 
 
 @dataclass(frozen=True, slots=True)

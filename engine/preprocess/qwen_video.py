@@ -21,7 +21,7 @@ from PIL import Image
 from engine.errors import CheckpointError, InvalidVideo
 from engine.families.qwen2_vl import NORM as CLIP_NORM
 from engine.families.vision import read_norm
-from engine.preprocess.image_input import ImageInput, Timing, image_key, settings_digest
+from engine.preprocess.image_input import ImageInput, IsWanted, Timing, always_wanted, image_key, settings_digest
 from engine.preprocess.qwen2_vl import require_equal
 from engine.preprocess.resize import resize_bicubic
 from engine.preprocess.settings import Settings
@@ -67,15 +67,15 @@ class QwenVideoProcessor(ABC):
         tokens = grid[0] * (height // self._factor) * (width // self._factor)
         return ImageInput(_NO_PIXELS, grid, tokens, image_key(self._digest, video.data), self._timing(video, indices))
 
-    def process(self, video: VideoFile) -> ImageInput:
-        """Decode the frames, each made as large as it will be before the next. Raises InvalidVideo."""
+    def process(self, video: VideoFile, is_wanted: IsWanted = always_wanted) -> ImageInput:
+        """Decode the frames, each made as large as it will be before the next. Raises InvalidVideo and Cancelled."""
         from engine.preprocess.video_file import video_frames  # FFmpeg, which an engine without videos has no need of
 
         layout = self.layout(video)
         indices = self._frames(video)
         height, width = layout.grid[1] * self._patch, layout.grid[2] * self._patch
         pixels = np.empty((layout.grid[0] * self._temporal, 3, height, width), np.uint8)
-        for place, frame in enumerate(video_frames(video, indices)):
+        for place, frame in enumerate(video_frames(video, indices, is_wanted)):
             pixels[place] = resize_bicubic(frame.transpose(2, 0, 1), height, width)
         pixels[len(indices) :] = pixels[len(indices) - 1]
         return replace(layout, pixels=pixels)

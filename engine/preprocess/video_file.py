@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidVideo
 from engine.preprocess.formats import describe
+from engine.preprocess.image_input import IsWanted, always_wanted, require_wanted
 
 SUPPORTED = "MP4, MOV, WebM, Matroska, AVI or MPEG"
 MAX_SECONDS = 1800
@@ -61,23 +62,28 @@ class VideoFile:
     times: tuple[int, ...] = field(repr=False)
 
 
-def read_video(data: bytes, *, max_megapixels: float = math.inf) -> VideoFile:
-    """Raises InvalidVideo for what is no video, is damaged, or is beyond the limits."""
+def read_video(data: bytes, *, max_megapixels: float = math.inf, is_wanted: IsWanted = always_wanted) -> VideoFile:
+    """Raises InvalidVideo for what is no video, is damaged, or is beyond the limits, Cancelled once nobody wants it."""
     container = _container(data)
     try:
         with _open(data, container) as file:
-            return _read(data, container, file, max_megapixels)
+            return _read(data, container, file, max_megapixels, is_wanted)
     except InvalidVideo:
         raise
     except _BAD_FILE as error:
         raise _damaged(error) from error
 
 
-def video_frames(video: VideoFile, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-    """[height, width, 3] for each of the growing `indices`, one in memory at a time. Raises InvalidVideo."""
+def video_frames(
+    video: VideoFile, indices: Sequence[int], is_wanted: IsWanted = always_wanted
+) -> Iterator[NDArray[np.uint8]]:
+    """[height, width, 3] for each of the growing `indices`, one in memory at a time.
+
+    Raises InvalidVideo, and Cancelled soon after nobody wants them any more.
+    """
     try:
         with _open(video.data, video.container) as file:
-            for picture in _wanted(video, _decoded(file), list(indices)):
+            for picture in _wanted(video, _decoded(file, is_wanted), list(indices)):
                 yield _upright(video, picture)
     except InvalidVideo:
         raise
@@ -96,7 +102,7 @@ def _container(data: bytes) -> str:
     raise InvalidVideo(f"this is not a video that can be read: it is {describe(data)}; send {SUPPORTED}")
 
 
-def _read(data: bytes, container: str, file: InputContainer, max_megapixels: float) -> VideoFile:
+def _read(data: bytes, container: str, file: InputContainer, max_megapixels: float, is_wanted: IsWanted) -> VideoFile:
     stream = _stream(file)
     _require_size(stream.codec_context.width, stream.codec_context.height, max_megapixels)
     times: list[int | None] = []
@@ -119,7 +125,7 @@ def _read(data: bytes, container: str, file: InputContainer, max_megapixels: flo
             f"the video is {frames / fps:.0f} seconds long ({frames} frames); the limit is {MAX_SECONDS} seconds:"
             " cut it, or send a part"
         )
-    first = _first_frame(data, container)
+    first = _first_frame(data, container, is_wanted)
     _require_size(first.width, first.height, max_megapixels)
     turns = round(first.rotation / 90) % 4
     size = (first.height, first.width) if turns % 2 else (first.width, first.height)
@@ -139,9 +145,9 @@ def _stream(file: InputContainer) -> VideoStream:
     raise InvalidVideo("the file has sound but no video; send a video, or leave it out")
 
 
-def _first_frame(data: bytes, container: str) -> VideoFrame:
+def _first_frame(data: bytes, container: str, is_wanted: IsWanted) -> VideoFrame:
     with _open(data, container) as file:
-        for frame in file.decode(_stream(file)):
+        for frame in _decoded(file, is_wanted):
             return frame
     raise InvalidVideo("the video has no frame that can be read; send the whole file")
 
@@ -161,12 +167,16 @@ def _require_size(width: int, height: int, max_megapixels: float) -> None:
         )
 
 
-def _decoded(file: InputContainer) -> Iterator[VideoFrame]:
+def _decoded(file: InputContainer, is_wanted: IsWanted) -> Iterator[VideoFrame]:
+    """All frames. Looks at the clock between packets, of which some give none."""
     until = time.monotonic() + DECODE_S
-    for frame in file.decode(_stream(file)):
+    for packet in file.demux(_stream(file)):
+        require_wanted(is_wanted)
         if time.monotonic() > until:
             raise InvalidVideo(f"the video was not decoded within {DECODE_S:g} seconds; send a shorter or smaller one")
-        yield frame
+        for frame in packet.decode():
+            assert isinstance(frame, VideoFrame)
+            yield frame
 
 
 def _wanted(video: VideoFile, decoded: Iterator[VideoFrame], indices: list[int]) -> Iterator[VideoFrame]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 from engine.engine import Engine
-from engine.errors import ContextOverflow, InvalidRequest, InvalidVideo
+from engine.errors import Cancelled, ContextOverflow, DeadlineExceeded, InvalidRequest, InvalidVideo
 from engine.preprocess import video_file
 from engine.request import Part, Request, Video, VideoUrl
 from tests.engine.asking import about, ask, picture, replica, request
 from tests.engine.conftest import Start
 from tests.engine.test_caching import count_calls
 from tests.engine.test_image_urls import Images
+from tests.host.waiting import eventually
 from tests.preprocess.films import film
 
 MODEL = "tiny-qwen2-vl"
@@ -28,7 +30,9 @@ MODEL = "tiny-qwen2-vl"
 def cached(start: Start, storage: Path, tmp_path: Path) -> Engine:
     """With caches of its own."""
     shutil.copytree(storage / "models" / MODEL, tmp_path / "models" / MODEL)
-    return start(storage=tmp_path, cache_enabled=True, allow_private_images="true", precision="fp32")
+    return start(
+        storage=tmp_path, cache_enabled=True, preprocess_workers=2, allow_private_images="true", precision="fp32"
+    )
 
 
 def question(*shown: Part, text: str = "What?", model: str = MODEL, **sampling: Any) -> Request:
@@ -52,7 +56,7 @@ def test_features_and_answers_of_a_video_are_kept(cached: Engine, video: Video) 
     assert cached._features is not None
     assert cached._features.flush()
     decoded: list[None] = []
-    model.videos.process = lambda _: decoded.append(None)  # type: ignore[method-assign,assignment,return-value]
+    model.videos.process = lambda *_: decoded.append(None)  # type: ignore[method-assign,assignment]
     other = ask(cached, question(video, text="Another question?")).wait()
     assert other.error is None
     assert (len(encoded), decoded) == (1, [])
@@ -147,3 +151,60 @@ def test_requests_without_a_video_do_not_wait_for_one(
     assert slow.finished is None
     released.set()
     assert slow.wait().error is None
+
+
+@pytest.mark.parametrize("ended_by", [Cancelled, DeadlineExceeded])
+def test_a_video_that_nobody_waits_for_is_not_decoded_any_further(
+    start: Start, video: Video, monkeypatch: pytest.MonkeyPatch, ended_by: type[Exception]
+) -> None:
+    engine = start(precision="fp32", preprocess_workers=1)
+    engine.load(MODEL)
+    begun, go_on = threading.Event(), threading.Event()
+    frames = []
+    upright = video_file._upright
+
+    def waiting(of: video_file.VideoFile, frame: Any) -> Any:
+        if of.data == video.data:
+            frames.append(frame)
+            begun.set()
+            assert go_on.wait(30)
+        return upright(of, frame)
+
+    monkeypatch.setattr(video_file, "_upright", waiting)
+    asked = question(video)
+    answer = ask(engine, asked if ended_by is Cancelled else replace(asked, timeout_s=0.5))
+    assert begun.wait(30)
+    if ended_by is Cancelled:
+        assert answer.stream is not None
+        answer.stream.cancel()
+    assert isinstance(answer.wait().error, ended_by)
+    go_on.set()
+    other = ask(engine, question(Video(film(20, (64, 48)).file))).wait()  # by the same worker, afterwards
+    assert other.error is None
+    assert len(frames) < 4, "of 24 that the model takes"
+
+
+def test_a_video_that_somebody_still_waits_for_is_decoded(
+    cached: Engine, video: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ask the same; the one whom it is decoded for goes away."""
+    cached.load(MODEL)
+    begun, go_on = threading.Event(), threading.Event()
+    frames = video_file.video_frames
+
+    def waiting(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return frames(*arguments)
+
+    monkeypatch.setattr(video_file, "video_frames", waiting)
+    first = ask(cached, question(video))
+    assert begun.wait(30)
+    second = ask(cached, question(video))
+    (job,) = cached._jobs.values()
+    eventually(lambda: len(job._streams) == 2, "the second does not follow the first's job")
+    assert first.stream is not None
+    first.stream.cancel()
+    go_on.set()
+    assert isinstance(first.wait().error, Cancelled)
+    assert second.wait().error is None

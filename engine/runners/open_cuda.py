@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import traceback
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import xxhash
@@ -18,9 +20,10 @@ from engine.replica import Replica
 from engine.runners.cuda import CudaRunner
 from engine.runners.fusion import Parts
 from engine.runners.kv_budget import BlockSize, kv_budget
-from engine.runners.sessions import open_sessions
+from engine.runners.sessions import Sessions, open_sessions
 from engine.runtime.cuda.capture import allow_beside_capture
 from engine.runtime.cuda.decoder import PagedDecoder
+from engine.runtime.cuda.encoder import CudaEncoder
 from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.states import DeltaNetStates
 from engine.runtime.cuda.weights import torch_type
@@ -67,32 +70,111 @@ def open_cuda(name: str, artifact: Artifact, config: EngineConfig, index: int, p
     raise DeviceOutOfMemory(problem)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What is known before anything is opened. A step has `prefill_tokens` and one for each of `slots`; `token_bytes`
+    are those of a token's keys and values in all layers."""
+
+    activations: FloatType
+    dtype: torch.dtype
+    slots: int
+    prefill_tokens: int
+    block_size: int
+    token_bytes: int
+
+    @property
+    def step_tokens(self) -> int:
+        return self.prefill_tokens + self.slots
+
+    @property
+    def block(self) -> BlockSize:
+        return BlockSize(self.block_size, self.block_size * self.token_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What the budget leaves, in blocks of KV, tokens of one sequence, and copies of linear attention's states."""
+
+    blocks: int
+    context_length: int
+    copies: int
+
+
+class _OpenDecoder(Protocol):
+    def __call__(self, *, blocks: int, context_length: int) -> PagedDecoder: ...
+
+
 def _open(
     name: str, artifact: Artifact, config: EngineConfig, device: torch.device, budget: int, parts: Parts | None
 ) -> Replica:
-    spec, slots = artifact.spec, config.max_batch_size
+    spec, sizes = artifact.spec, _sizes(artifact, config)
+    before = torch.cuda.mem_get_info(device)[0]
+    sessions = open_sessions(
+        *(name, artifact, config, sizes.activations, device),
+        step_tokens=sizes.step_tokens,
+        block_size=sizes.block_size,
+        parts=parts,
+    )
+    sampler = _sampler(spec, sizes, device, parts)
+    states = _states(spec, sizes, device)
+    open_decoder = _decoder_opener(spec, sizes, sessions, sampler, states)
+    _rehearse(open_decoder, sessions.tower, sizes)
+    room = _room(_what(name, device, states, sizes.slots), spec, sizes, states, budget, _taken(before, device))
+    decoder = open_decoder(blocks=room.blocks + 1, context_length=room.context_length)
+    if states is not None:
+        states.make_places(room.copies)
+    decoder.capture()
+    kv = _kv_cache(sizes, states, room)
+    kv_bytes = decoder.kv_bytes + (states.nbytes if states else 0)
+    memory = _memory(sessions.weight_bytes, kv_bytes, sizes.token_bytes, _taken(before, device))
+    return Replica(
+        name=name,
+        numerics=_numerics(artifact, sizes.activations, sessions.fusion, int8_cache=config.kv_precision == "int8"),
+        device=str(device),
+        runner=CudaRunner(spec, decoder, sampler, sessions.tower, kv, memory=memory),
+        scheduler=Scheduler(kv, StepLimits(sizes.prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)),
+        context_length=room.context_length,
+    )
+
+
+def _sizes(artifact: Artifact, config: EngineConfig) -> _Sizes:
+    spec = artifact.spec
     activations = activation_type(artifact.precision, spec.half)
     dtype = torch_type(activations)
-    before = torch.cuda.mem_get_info(device)[0]
-    int8_cache = config.kv_precision == "int8"
-    prefill_tokens = max(config.prefill_chunk or _PREFILL_TOKENS, whole_image_tokens(spec))
-    step_tokens = prefill_tokens + slots
-    block_size = kv_block_size(spec.decoder.head_dim)
-    sessions = open_sessions(
-        *(name, artifact, config, activations, device), step_tokens=step_tokens, block_size=block_size, parts=parts
+    cached = torch.int8 if config.kv_precision == "int8" else dtype
+    return _Sizes(
+        activations,
+        dtype,
+        slots=config.max_batch_size,
+        prefill_tokens=max(config.prefill_chunk or _PREFILL_TOKENS, whole_image_tokens(spec)),
+        block_size=kv_block_size(spec.decoder.head_dim),
+        token_bytes=spec.decoder.kv_values_per_token * cached.itemsize,
     )
-    tower = sessions.tower
+
+
+def _sampler(spec: ModelSpec, sizes: _Sizes, device: torch.device, parts: Parts | None) -> DeviceSampler:
     sampling = TorchSampling() if parts is not None and parts.torch_sampling else None
-    sampler = DeviceSampler(slots, spec.decoder.vocab, device, dtype, sampling=sampling)
-    states = None
-    if spec.decoder.delta_net is not None:
-        states = DeltaNetStates(spec.decoder.delta_net, slots, dtype, device)
-    open_decoder = partial(
+    return DeviceSampler(sizes.slots, spec.decoder.vocab, device, sizes.dtype, sampling=sampling)
+
+
+def _states(spec: ModelSpec, sizes: _Sizes, device: torch.device) -> DeltaNetStates | None:
+    """Those of linear attention, if the model has it."""
+    if spec.decoder.delta_net is None:
+        return None
+    return DeltaNetStates(spec.decoder.delta_net, sizes.slots, sizes.dtype, device)
+
+
+def _decoder_opener(
+    spec: ModelSpec, sizes: _Sizes, sessions: Sessions, sampler: DeviceSampler, states: DeltaNetStates | None
+) -> _OpenDecoder:
+    """The decoder comes twice: as small as it may be to see what a step takes, and as large as what is left."""
+    return partial(
         PagedDecoder,
         *(sessions.packed, spec.decoder, sampler.slot_tokens),
-        dtype=dtype,
-        slots=slots,
-        step_tokens=step_tokens,
+        dtype=sizes.dtype,
+        block_size=sizes.block_size,
+        slots=sizes.slots,
+        step_tokens=sizes.step_tokens,
         paged=sessions.paged,
         pieces=sessions.pieces,
         cache_scales=sessions.cache_scales,
@@ -100,52 +182,55 @@ def _open(
         mutual=sessions.mutual,
         states=states,
     )
-    open_decoder(blocks=1, block_size=block_size, context_length=step_tokens).rehearse()
+
+
+def _rehearse(open_decoder: _OpenDecoder, tower: CudaEncoder | None, sizes: _Sizes) -> None:
+    """Take the working memory of the largest step and the largest batch of images."""
+    open_decoder(blocks=1, context_length=sizes.step_tokens).rehearse()
     if tower is not None:
         tower.rehearse(_IMAGE_TOKENS)
+
+
+def _taken(before: int, device: torch.device) -> int:
+    """Bytes of the device that are gone since `before` were free, once all work is done."""
     torch.cuda.synchronize(device)
-    taken = before - torch.cuda.mem_get_info(device)[0]
-    token_bytes = spec.decoder.kv_values_per_token * (torch.int8 if int8_cache else dtype).itemsize
+    return before - torch.cuda.mem_get_info(device)[0]
+
+
+def _room(what: str, spec: ModelSpec, sizes: _Sizes, states: DeltaNetStates | None, budget: int, taken: int) -> _Room:
+    """Raises DeviceOutOfMemory, naming `what`."""
     copies = _state_copies(states, budget - taken)
     blocks, context_length = kv_budget(
-        _what(name, device, states, slots),
+        what,
         budget=budget,
         taken=taken + (copies * states.state_bytes if states else 0),
-        block=BlockSize(block_size, block_size * token_bytes),
-        slots=slots,
+        block=sizes.block,
+        slots=sizes.slots,
         model_context=spec.decoder.context_length,
     )
-    decoder = open_decoder(blocks=blocks + 1, block_size=block_size, context_length=context_length)
-    if states is not None:
-        states.make_places(copies)
-    decoder.capture()
-    torch.cuda.synchronize(device)
-    occupied = before - torch.cuda.mem_get_info(device)[0]
-    kv = PagedKVCache(
-        slots=slots,
-        blocks=blocks,
-        block_size=block_size,
-        context_length=context_length,
+    return _Room(blocks, context_length, copies)
+
+
+def _kv_cache(sizes: _Sizes, states: DeltaNetStates | None, room: _Room) -> PagedKVCache:
+    return PagedKVCache(
+        slots=sizes.slots,
+        blocks=room.blocks,
+        block_size=sizes.block_size,
+        context_length=room.context_length,
         states=states,
-        copies=copies,
-        chunk=prefill_tokens,
+        copies=room.copies,
+        chunk=sizes.prefill_tokens,
     )
-    kv_bytes = decoder.kv_bytes + (states.nbytes if states else 0)
-    memory = ModelMemory(
-        weights=sessions.weight_bytes,
-        kv=kv_bytes,
-        kv_per_token=token_bytes,
-        workspace=max(0, occupied - sessions.weight_bytes - kv_bytes),
+
+
+def _memory(weights: int, kv: int, kv_per_token: int, occupied: int) -> ModelMemory:
+    """`occupied` is all that opening took of the device."""
+    return ModelMemory(
+        weights=weights,
+        kv=kv,
+        kv_per_token=kv_per_token,
+        workspace=max(0, occupied - weights - kv),
         host=resident_bytes(),
-    )
-    limits = StepLimits(prefill_tokens, _IMAGE_TOKENS, aligned_chunks=False)
-    return Replica(
-        name=name,
-        numerics=_numerics(artifact, activations, sessions.fusion, int8_cache=int8_cache),
-        device=str(device),
-        runner=CudaRunner(spec, decoder, sampler, tower, kv, memory=memory),
-        scheduler=Scheduler(kv, limits),
-        context_length=context_length,
     )
 
 

@@ -123,6 +123,7 @@ run_all() {
         --context 512,1024,2048 # against `prefill`
     measure vision 1 240 vision --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,4,8,16 --image-size 640x480
     measure vision-smolvlm-256m 1 180 vision --shape smolvlm-256m "${place[@]}" "${fp16[@]}" --batch 1,4
+    measure start 1 240 start --shape $qwen "${place[@]}" --precision int8 # forgets what was tuned, and tunes again
     decode rival 400 $qwen "${stock[@]}" --batch 1,32 --steps 32 --rival transformers
     measure ttft 1 240 ttft --shape $qwen "${place[@]}" "${fp16[@]}"
     measure serve 1 300 serve --shape $qwen "${place[@]}" "${fp16[@]}" --image-size 640x480 --prompt-tokens 128 \

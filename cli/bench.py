@@ -31,6 +31,7 @@ KINDS = {
     "prefill": ("cli.benches.prefill", "the engine's time for new prompts, against the physical limit"),
     "vision": ("cli.benches.vision", "the vision tower, and image files to pixels"),
     "convert": ("cli.benches.conversion", "a checkpoint of random weights to an artifact, and its load"),
+    "start": ("cli.benches.start", "a new process to its first token: the first on a chip, which tunes, and the next"),
     "soak": ("cli.benches.soak", "minutes of mixed streams: no memory grows, no stream is lost"),
 }
 

@@ -19,11 +19,11 @@ chosen=()
 failed=()
 known=()
 
-bench() { # KIND ARGUMENT ...
+tessera() { # COMMAND ARGUMENT ...
     if [ -n "${PYTHON:-}" ]; then
-        command=("$PYTHON" -m cli bench "$@")
+        command=("$PYTHON" -m cli "$@")
     else
-        command=(./tessera bench "$@")
+        command=(./tessera "$@")
     fi
 }
 
@@ -73,8 +73,16 @@ measure() { # NAME GPUS SECONDS KIND ARGUMENT ...
     known+=("$1")
     [ -n "$listing" ] && return
     is_chosen "$1" "$2" || return
-    bench "${@:4}" --json
+    tessera bench "${@:4}" --json
     record "$1" "$3"
+}
+
+evaluate() { # NAME SECONDS DATA ARGUMENT ...
+    known+=("$1")
+    [ -n "$listing" ] && return
+    is_chosen "$1" 1 || return
+    tessera eval "${@:3}" --device cuda --storage "$storage" --json
+    record "$1" "$2"
 }
 
 decode() { # NAME SECONDS SHAPE ARGUMENT ...
@@ -129,6 +137,13 @@ run_all() {
     measure serve 1 300 serve --shape $qwen "${place[@]}" "${fp16[@]}" --image-size 640x480 --prompt-tokens 128 \
         --output-tokens 128 --concurrency 64 --requests 960 --trace
     measure ladder-cuda 1 590 ladder --shape $qwen "${place[@]}" --requests 200
+    local text=(perplexity --model smollm2-135m --precision int8 --against fp16) # needs requirements-data.txt
+    evaluate perplexity-int8 240 "${text[@]}" --activations chosen
+    evaluate perplexity-w8a8 120 "${text[@]}" --activations 8
+    evaluate perplexity-w8a16 120 "${text[@]}" --activations 16
+    evaluate perplexity-decode 120 "${text[@]}" --activations chosen --chunk 1
+    evaluate easy-vqa-int8 240 easy-vqa --precision int8 --kernel-fusion on
+    evaluate printed-words-int8 240 printed-words --precision int8 --kernel-fusion on
     run_tests
     measure soak 1 590 soak --shape $qwen "${place[@]}" "${fp16[@]}" --minutes 8 --concurrency 64
 

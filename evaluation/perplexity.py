@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.runtime.cuda.decoder import PagedDecoder
 
 CHUNK = 256  # tokens of one call
+DEVICE_CHUNK = 64  # on a GPU, where each takes a slot, and decode steps of up to so many are prepared
 
 Tokens = NDArray[np.int64]
 LogitsOf = Callable[[Tokens], Iterator[NDArray[np.float32]]]
@@ -101,14 +102,16 @@ def on_cpu(decoder: Decoder) -> LogitsOf:
     return logits_of
 
 
-def on_cuda(decoder: PagedDecoder, block_size: int) -> LogitsOf:
-    """Windows computed in blocks 1, 2, ...; the decoder needs CHUNK slots, for as many rows of logits."""
+def on_cuda(decoder: PagedDecoder, block_size: int, chunk: int) -> LogitsOf:
+    """Windows computed in blocks 1, 2, ..., `chunk` tokens in a call, which needs as many slots, for its rows of
+    logits. One token in a call is a decode step.
+    """
     from engine.runtime.cuda.step import PackedStep  # imports torch, which an engine on the CPU does without
 
     def logits_of(tokens: Tokens) -> Iterator[NDArray[np.float32]]:
         tables = np.arange(1, 1 - (-len(tokens) // block_size), dtype=np.int32)[None]
-        for start in range(0, len(tokens), CHUNK):
-            piece = tokens[start : start + CHUNK].astype(np.int32)
+        for start in range(0, len(tokens), chunk):
+            piece = tokens[start : start + chunk].astype(np.int32)
             rows = np.arange(len(piece), dtype=np.int32)
             step = PackedStep(
                 ids=piece,

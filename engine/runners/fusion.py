@@ -35,6 +35,7 @@ class Parts:
 
     fusion: Fusion
     torch_sampling: bool = False
+    measured_inputs: bool = False  # as without parts: the layers that read 16-bit rows, instead of `fusion`'s
     tuning: bool = True  # without, kernels take tiles that were measured before, or the default ones
 
 

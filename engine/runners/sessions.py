@@ -64,7 +64,7 @@ def open_sessions(
 
     tower = open_encoder(artifact, activations, device) if spec.vision else None
     measured = (checkpoint, artifact, activations, open_session, tower, device)
-    if fusion.linear and parts is None:
+    if fusion.linear and (parts is None or parts.measured_inputs):
         fusion = replace(fusion, float_inputs=float_inputs(*measured))
     int8_cache = config.kv_precision == "int8"
     scales = None

@@ -68,7 +68,7 @@ def test_on_a_device_it_is_what_transformers_says(llama: Tiny, pieces: list[Toke
         context_length=90,
         step_tokens=32,
     )
-    assert perplexity(on_cuda(decoder, 16), pieces).value == pytest.approx(reference(llama, pieces), rel=1e-2)
+    assert perplexity(on_cuda(decoder, 16, 32), pieces).value == pytest.approx(reference(llama, pieces), rel=1e-2)
 
 
 def test_a_guess_among_all_tokens_has_the_vocabularys_size_as_perplexity() -> None:

@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from cli import bench
+from cli import bench, evaluate
 from cli.__main__ import COMMANDS
 from cli.bench import KINDS
 
@@ -80,15 +81,16 @@ def test_every_command_line_is_one_that_the_benches_understand(tmp_path: Path) -
         if words:
             _, _, command, kind, *_ = words
             assert command in COMMANDS
-            seen.add(kind)
-            _parse(words[2:])
+            if command == "bench":
+                seen.add(kind)
+            _parse(bench if command == "bench" else evaluate, words[3:])
     assert seen == set(KINDS) - {"latency", "ttft", "convert"}  # convert is the CPU's
 
 
-def _parse(words: list[str]) -> None:
+def _parse(command: ModuleType, words: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    bench.add_arguments(parser)
+    command.add_arguments(parser)
     try:
-        parser.parse_args(words[1:])
+        parser.parse_args(words)
     except SystemExit:
         pytest.fail(f"not understood: {words}")

@@ -1,4 +1,4 @@
-"""Ask about images the way a user of Dify does: a plugin process, the daemon's protocol, a streamed answer."""
+"""Ask about images and videos as a user of Dify does: a plugin process, the daemon's protocol, a streamed answer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cli.settings import add_settings, settings_from
 from engine.errors import InvalidConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+mimetypes.add_type("video/x-matroska", ".mkv")  # which Python learns of from the system, where that knows it
 FROM_CACHE = "tessera/answer-cache"  # models/llm/llm.py
 
 
@@ -24,9 +25,9 @@ class Unreadable(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="*", type=Path, help="image files; none for a question without an image")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images and videos; none for text alone")
     parser.add_argument("question", help="what to ask, in quotes")
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help="a name, owner/name, or a checkpoint's folder (default: demo)")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)
@@ -38,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The answer goes to stdout, everything else to stderr. 1 for an error, which is one sentence."""
     try:
-        messages = prompt_messages(args.images, args.question, args.system)
+        messages = prompt_messages(args.files, args.question, args.system)
         with Daemon(ROOT, credentials=settings_from(args)) as daemon:
             _note(f"plugin ready after {daemon.wait_until_ready():.2f} s")
-            session = daemon.invoke_llm(messages, _parameters(args), model=args.model, stop=args.stop)
+            session = daemon.invoke_llm(messages, _parameters(args), model=_model(args.model), stop=args.stop)
             _print_answer(session)
     except (PluginError, PluginCrashed, RequestTimeout, InvalidConfig, Unreadable) as error:
         print(f"tessera: {error}", file=sys.stderr)
@@ -49,21 +50,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prompt_messages(images: Sequence[Path], question: str, system: str | None = None) -> list[dict[str, Any]]:
-    """Dify's prompt messages: the images first, as Dify sends them. Raises Unreadable."""
-    content = [*map(_image_content, images), {"type": "text", "data": question}]
+def _model(name: str) -> str:
+    """As the plugin takes it: a folder by its whole path, because the plugin does not know where its user is."""
+    return str(Path(name).absolute()) if (Path(name) / "config.json").is_file() else name
+
+
+def prompt_messages(files: Sequence[Path], question: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Dify's prompt messages: images and videos first, as Dify sends them. Raises Unreadable."""
+    content = [*map(_file_content, files), {"type": "text", "data": question}]
     messages = [{"role": "system", "content": system}] if system else []
     return [*messages, {"role": "user", "content": content}]
 
 
-def _image_content(path: Path) -> dict[str, Any]:
+def _file_content(path: Path) -> dict[str, Any]:
+    """What is not a video by its name is sent as an image, for the plugin to judge."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
     mime_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return {
-        "type": "image",
+        "type": "video" if mime_type.startswith("video/") else "image",
         "format": path.suffix.removeprefix(".").lower(),
         "mime_type": mime_type,
         "base64_data": base64.b64encode(data).decode(),

@@ -13,6 +13,7 @@ from cli.progress import ProgressLine
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
+from engine.device import require_wide
 from engine.errors import EngineError
 from engine.spec import Precision
 from engine.storage import open_storage
@@ -67,6 +68,9 @@ def _converted(folder: Path, precision: Precision, storage: Path) -> Artifact:
         line.show(f"converting {folder.name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {left:.0f} s left")
 
     try:
-        return open_artifact(Checkpoint.open(folder), precision, storage, show)
+        checkpoint = Checkpoint.open(folder)
+        if checkpoint.spec.wide_activations:
+            require_wide(precision)
+        return open_artifact(checkpoint, precision, storage, show)
     finally:
         line.close()

@@ -168,11 +168,16 @@ def resolve_precision(
     return chosen
 
 
-def _require_bfloat16(chosen: PrecisionSetting, old: Sequence[Gpu]) -> None:
-    if chosen == "fp16":
+def require_wide(precision: PrecisionSetting) -> None:
+    """That it holds activations larger than 65504. Raises InvalidConfig."""
+    if precision == "fp16":
         raise InvalidConfig(
             "precision fp16 does not hold this model's activations, which become larger than 65504; choose bf16 or int8"
         )
+
+
+def _require_bfloat16(chosen: PrecisionSetting, old: Sequence[Gpu]) -> None:
+    require_wide(chosen)
     if old:
         raise InvalidConfig(
             f"this model's activations need bf16, and {old[0].name} is too old for it; choose another device"

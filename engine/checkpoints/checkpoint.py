@@ -61,6 +61,9 @@ class Checkpoint:
         try:
             family = family_for(config.model)
             spec = family.spec(config)
+            if not spec.tokens.eos and (eos := _tokenizers_eos(folder)):
+                config = dataclasses.replace(config, generation={**config.generation, "eos_token_id": eos})
+                spec = family.spec(config)
         except CheckpointError as error:  # names the file; the folder is ours to name
             raise CheckpointError(f"{folder}: {error}") from error
         shapes: dict[str, tuple[int, ...]] = {}
@@ -119,6 +122,16 @@ def read_config(folder: Path) -> CheckpointConfig:
         generation=_json(folder / "generation_config.json", required=False),
         preprocessor=preprocessor,
     )
+
+
+def _tokenizers_eos(folder: Path) -> list[int]:
+    """The token that ends a text by the tokenizer's files, which count where the configurations name none."""
+    named = _json(folder / "tokenizer_config.json", required=False).get("eos_token")
+    text = named.get("content") if isinstance(named, dict) else named
+    added = _json(folder / "tokenizer.json", required=False).get("added_tokens")
+    listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    numbers = (token.get("id") for token in listed if text and token.get("content") == text)
+    return [number for number in numbers if isinstance(number, int)]
 
 
 def _json(file: Path, *, required: bool) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class Vocabulary:
     """A model's tokens as grammars see them. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
+        if not eos:
+            raise InvalidParameter(
+                "JSON cannot be asked of this model: its files name no token that ends a text; add eos_token_id to its"
+                " generation_config.json"
+            )
         size = max(vocab, tokenizer.size)
         slices = llguidance.LLTokenizer.json_slices()
         self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=list(eos), slices=slices)

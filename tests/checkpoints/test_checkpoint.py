@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,24 @@ def test_integers_are_not_weights(folder: Path) -> None:
     tensors["model.text_model.norm.weight"] = np.ones(64, np.int8)
     save_file(tensors, folder / "model.safetensors")
     expect(folder, "model.text_model.norm.weight has type I8; supported are F32, F16, BF16")
+
+
+@pytest.mark.parametrize("spelled", ["<end>", {"content": "<end>", "special": True}])
+def test_where_no_configuration_names_a_last_token_the_tokenizers_counts(
+    saved: Path, tmp_path: Path, spelled: object
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    change_config(folder, eos_token_id=None)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config=text | {"eos_token_id": None})
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    without = Checkpoint.open(folder)
+    assert without.spec.tokens.eos == ()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": spelled}))
+    added = [{"id": 7, "content": "<begin>"}, {"id": 9, "content": "<end>"}]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    found = Checkpoint.open(folder)
+    assert found.spec.tokens.eos == (9,)
+    assert found.digest != without.digest
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert Checkpoint.open(folder).spec.tokens.eos == (5,)

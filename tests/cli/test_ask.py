@@ -29,10 +29,10 @@ def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "ROOT", copy_with_fake_engine(tmp_path))
 
 
-def test_the_last_word_is_the_question_and_those_before_it_are_images() -> None:
+def test_the_last_word_is_the_question_and_those_before_it_are_files() -> None:
     args = parse("a.png", "b.jpg", "what is it?", "--max-tokens", "5")
-    assert (args.images, args.question) == ([Path("a.png"), Path("b.jpg")], "what is it?")
-    assert parse("hello?").images == []
+    assert (args.files, args.question) == ([Path("a.png"), Path("b.jpg")], "what is it?")
+    assert parse("hello?").files == []
 
 
 def test_images_come_before_the_question(tmp_path: Path) -> None:
@@ -42,6 +42,22 @@ def test_images_come_before_the_question(tmp_path: Path) -> None:
     image, text = user["content"]
     assert (image["mime_type"], image["base64_data"]) == ("image/png", base64.b64encode(b"pixels").decode())
     assert text == {"type": "text", "data": "what?"}
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mov", "a.MKV", "a.avi"])
+def test_videos_are_sent_as_videos(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"film")
+    (user,) = ask.prompt_messages([tmp_path / name], "what?")
+    assert (user["content"][0]["type"], user["content"][0]["mime_type"][:6]) == ("video", "video/")
+
+
+def test_a_checkpoints_folder_goes_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert ask._model("owner/name") == "owner/name", "a repository: the folder is no checkpoint"
+    (tmp_path / "owner" / "name" / "config.json").write_text("{}")
+    assert ask._model("owner/name") == ask._model("./owner/name") == str(tmp_path / "owner" / "name")
+    assert ask._model("demo") == "demo"
 
 
 def test_settings_are_the_forms(tmp_path: Path) -> None:

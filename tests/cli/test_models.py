@@ -18,6 +18,7 @@ from engine.catalog import ROOT, catalog
 from engine.families import FAMILIES
 from tests.hub.conftest import demo_repository
 from tests.hub.stand_in import HubStandIn
+from tests.runtime import models
 
 NAME = "someone/demo"
 
@@ -119,6 +120,17 @@ def test_an_unknown_name_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     assert "tessera pull: unknown model 'nonsense'" in capsys.readouterr().err
     assert main(["convert", "nonsense", "--storage", str(tmp_path)]) == 1
     assert "tessera convert: unknown model 'nonsense'" in capsys.readouterr().err
+
+
+def test_a_precision_that_a_model_does_not_bear_is_not_converted_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = models.save(models.gemma3_text(), tmp_path / "models" / "gemma")
+    capsys.readouterr()
+    assert main(["convert", str(folder), "--precision", "fp16", "--storage", str(tmp_path)]) == 1
+    assert "choose bf16 or int8" in capsys.readouterr().err
+    assert not (tmp_path / "artifacts").exists() or not any((tmp_path / "artifacts").iterdir())
+    assert main(["convert", str(folder), "--precision", "bf16", "--storage", str(tmp_path)]) == 0
 
 
 def test_a_reader_that_has_seen_enough_is_no_crash() -> None:

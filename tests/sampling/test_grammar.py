@@ -152,3 +152,9 @@ def test_a_schemas_order_and_unicode_are_kept() -> None:
 def test_a_huge_schema_is_refused() -> None:
     with pytest.raises(InvalidParameter, match="characters"):
         read_schema('{"description": "' + "a" * (1 << 20) + '"}')
+
+
+def test_a_model_without_a_last_token_says_so() -> None:
+    backend = vocabulary("bytes")
+    with pytest.raises(InvalidParameter, match="add eos_token_id to its generation_config"):
+        Grammars(Tokenizer(backend), backend.get_vocab_size(), []).matcher("{}")

@@ -64,14 +64,15 @@ class Vocabulary:
     """A model's tokens as grammars see them. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
-        if not eos:
-            raise InvalidParameter(
-                "JSON cannot be asked of this model: its files name no token that ends a text; add eos_token_id to its"
-                " generation_config.json"
-            )
         size = max(vocab, tokenizer.size)
+        ends = [token for token in eos if token < size]
+        if not ends:
+            raise InvalidParameter(
+                "JSON cannot be asked of this model: its files name no token that ends a text and is in the vocabulary;"
+                " set eos_token_id in its generation_config.json"
+            )
         slices = llguidance.LLTokenizer.json_slices()
-        self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=list(eos), slices=slices)
+        self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=ends, slices=slices)
         self.words = -(-size // 32)
         starts = np.array([leading_digits(self.token_bytes(token)) for token in range(tokenizer.size)])
         self._digits = np.pad(starts, (0, 32 * self.words - len(starts)))

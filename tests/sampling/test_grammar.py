@@ -154,7 +154,9 @@ def test_a_huge_schema_is_refused() -> None:
         read_schema('{"description": "' + "a" * (1 << 20) + '"}')
 
 
-def test_a_model_without_a_last_token_says_so() -> None:
+@pytest.mark.parametrize("eos", [[], [151645]])
+def test_a_model_without_a_last_token_says_so(eos: list[int]) -> None:
     backend = vocabulary("bytes")
-    with pytest.raises(InvalidParameter, match="add eos_token_id to its generation_config"):
-        Grammars(Tokenizer(backend), backend.get_vocab_size(), []).matcher("{}")
+    with pytest.raises(InvalidParameter, match="set eos_token_id in its generation_config"):
+        Grammars(Tokenizer(backend), backend.get_vocab_size(), eos).matcher("{}")
+    assert Grammars(Tokenizer(backend), backend.get_vocab_size(), [EOS, *eos]).matcher("{}") is not None

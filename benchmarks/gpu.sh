@@ -81,7 +81,7 @@ evaluate() { # NAME SECONDS DATA ARGUMENT ...
     known+=("$1")
     [ -n "$listing" ] && return
     is_chosen "$1" 1 || return
-    tessera eval "${@:3}" --device cuda --storage "$storage" --json
+    tessera eval "${@:3}" --device cuda --gpu-memory 12000 --storage "$storage" --json
     record "$1" "$2"
 }
 
@@ -136,7 +136,7 @@ run_all() {
     measure ttft 1 240 ttft --shape $qwen "${place[@]}" "${fp16[@]}"
     measure serve 1 300 serve --shape $qwen "${place[@]}" "${fp16[@]}" --image-size 640x480 --prompt-tokens 128 \
         --output-tokens 128 --concurrency 64 --requests 960 --trace
-    measure ladder-cuda 1 590 ladder --shape $qwen "${place[@]}" --requests 200
+    measure ladder-cuda 1 590 ladder --shape $qwen "${place[@]}" --requests 96
     local text=(perplexity --model smollm2-135m --precision int8 --against fp16) # needs requirements-data.txt
     evaluate perplexity-int8 240 "${text[@]}" --activations chosen
     evaluate perplexity-w8a8 120 "${text[@]}" --activations 8

@@ -151,7 +151,8 @@ def measure_row(load: Load, settings: Settings, concurrency: int) -> Row:
         env = {"TESSERA_TRACE": str(traces)} if load.traced else {}
         credentials = {"max_waiting": "1024", **settings, "storage": str(storage)}
         with plugin(ROOT, credentials, env) as daemon:
-            drive(daemon, load.model, load.warm_up[: 2 * concurrency], parameters, concurrency)
+            together = min(concurrency, int(settings["max_batch_size"]))  # one at a time warms up with few
+            drive(daemon, load.model, load.warm_up[: 2 * together], parameters, concurrency)
             measured = drive(daemon, load.model, load.requests, parameters, concurrency)
             peak, device = peak_memory(daemon.pid), gpu_mib()
             traced = {"trace": _trace(daemon, load, parameters, concurrency, traces)} if load.traced else {}

@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidConfig, InvalidParameter
 from engine.request import SamplingParams
 from models.llm.parameters import RESPONSE_FORMATS
+from tools.terminal_pictures import PICTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"en_US", "zh_Hans"}
@@ -51,7 +52,8 @@ def test_every_icon_exists_lies_flat_and_has_a_dark_twin() -> None:
     names = [MANIFEST["icon"], MANIFEST["icon_dark"]]
     for size in ("icon_small", "icon_large", "icon_small_dark", "icon_large_dark"):
         names += PROVIDER[size].values()
-    assert {path.name for path in (ROOT / "_assets").iterdir()} == set(names)
+    pictures = {f"{name}.svg" for name in PICTURES}  # of the README, which Dify and the marketplace show, too
+    assert {path.name for path in (ROOT / "_assets").iterdir()} == {*names, *pictures}
     assert all((ROOT / "_assets" / name).stat().st_size < 8192 for name in names)
 
 

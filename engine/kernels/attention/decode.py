@@ -29,13 +29,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
-from engine.kernels.attention.heads import angles, to_int8, turned
+from engine.kernels.attention.heads import angles, to_int8, to_whole, turned
 from engine.kernels.attention.merge import leave, merged
 from engine.kernels.attention.parameters import ROWS as _ROWS
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
 ROWS = tl.constexpr(_ROWS)
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+FINE = tl.constexpr(254.0)  # steps of what rounding a query to int8 leaves, in one of the first rounding's
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -75,16 +78,39 @@ def _channels(words: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
     With 0x64 before it, a byte b is 1024 + b in float16; 128 is added to a signed one by turning its first bit.
     """
     if TYPE.primitive_bitwidth == 8:
-        even = (words & 0x00FF00FF) ^ 0x64806480
-        odd = ((words >> 8) & 0x00FF00FF) ^ 0x64806480
-        pairs = tl.join(even, odd)  # channels (0, 2) and (1, 3)
+        if INTERPRETED:
+            low = (words & 0xFF) | ((words & 0xFF00) << 8)
+            high = ((words >> 16) & 0xFF) | ((words >> 8) & 0xFF0000)
+            low, high = low ^ 0x64806480, high ^ 0x64806480
+        else:  # three instructions, where the compiler makes seven of the same
+            low, high = tl.inline_asm_elementwise(
+                """{
+                    .reg .b32 word;
+                    xor.b32 word, $2, 0x80808080;
+                    prmt.b32 $0, word, 0x64646464, 0x4140;
+                    prmt.b32 $1, word, 0x64646464, 0x4342;
+                }""",
+                "=r,=r,r",
+                [words],
+                dtype=(tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        pairs = tl.join(low, high)  # channels (0, 1) and (2, 3)
         halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-        halves = tl.permute(halves, (0, 1, 3, 2))
         wide = tl.reshape(halves, (words.shape[0], 4 * words.shape[1])).to(tl.float16, bitcast=True) - 1152.0
     else:
         halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
         wide = tl.reshape(halves, (words.shape[0], 2 * words.shape[1])).to(TYPE, bitcast=True)
     return wide
+
+
+@triton.jit
+def _bytes(words: tl.tensor) -> tl.tensor:
+    """What lies in words [R, C]: int8 [R, 4 * C]."""
+    pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+    each = tl.join(pairs.to(tl.int8), (pairs >> 8).to(tl.int8))
+    return tl.reshape(each, (words.shape[0], 4 * words.shape[1]))
 
 
 @triton.jit(
@@ -161,7 +187,15 @@ def decode_attention(
         largest = tl.where(largest > 0.0, largest, 1.0)
         query = wide * (1.0 / largest)[:, None]
         scale *= largest
-    query = query.to(DOT)
+    WHOLE: tl.constexpr = CACHE.primitive_bitwidth == 8 and CHANNELS >= 32  # the depth of an int8 product, at least
+    if WHOLE:
+        query *= 127.0
+        scale *= 1.0 / 127.0
+        coarse = to_whole(query)
+        fine = (to_whole((query - coarse) * FINE)).to(tl.int8)
+        coarse = coarse.to(tl.int8)
+    else:
+        query = query.to(DOT)
 
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     masses = tl.zeros([ROWS, TILE], tl.float32)
@@ -184,7 +218,13 @@ def decode_attention(
 
     first, end = start, tl.minimum(start + tokens, held)
     while first < end:
-        scores = tl.dot(query, tl.trans(_channels(keys, CACHE).to(DOT))) * scale[:, None]
+        if WHOLE:
+            turned_keys = tl.trans(_bytes(keys))
+            scores = tl.dot(fine, turned_keys, out_dtype=tl.int32).to(tl.float32) * (1.0 / FINE)
+            scores += tl.dot(coarse, turned_keys, out_dtype=tl.int32).to(tl.float32)
+        else:
+            scores = tl.dot(query, tl.trans(_channels(keys, CACHE).to(DOT)))
+        scores *= scale[:, None]
         scores = tl.where((first + tl.arange(0, TILE) < end)[None, :], scores, -float("inf"))
         first += TILE
         block = tl.load(table + first // PAGE, mask=first < end, other=0)

@@ -97,4 +97,10 @@ def to_int8(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
     The division is a multiplication: a quotient within a rounding error of a half may go to the other side.
     """
-    return tl.minimum(tl.maximum(x.to(tl.float32) * (1.0 / scale), -128.0), 127.0) + _WHOLE - _WHOLE
+    return to_whole(tl.minimum(tl.maximum(x.to(tl.float32) * (1.0 / scale), -128.0), 127.0))
+
+
+@triton.jit
+def to_whole(x: tl.tensor) -> tl.tensor:
+    """The nearest whole number of a small float32, halves to even."""
+    return x + _WHOLE - _WHOLE

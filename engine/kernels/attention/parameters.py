@@ -82,8 +82,8 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
     the merge of its splits, and the more warps and the fewer splits it has. From half a program to a multiprocessor on
     there are many small ones, which keep memory busy; with two, splits cost more than they fill.
 
-    int8 caches take the same, but for many sequences, where three or four programs share a multiprocessor's registers:
-    so compiled for sm_90 without spills in the loop (Triton 3.6).
+    int8 caches take the same, but for many sequences: a token's bytes are half as many, to be widened by instructions
+    that 16-bit ones do not take, so twice as many warps share them.
     """
     width = power_of_2(parameters.head_dim)
     kept = parameters.kept_rows * width
@@ -98,8 +98,8 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
         return AttentionTile(tokens=16, warps=1, programs=12, merged=_merged(4096, kept))
     if 2 * units <= 3 * multiprocessors:
         return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
-    if int8:
-        return AttentionTile(tokens=64, registers=168 if width == 128 else 128, merged=_merged(8192, kept))
+    if int8 and width >= 64:
+        return AttentionTile(tokens=64, warps=8, least=128, programs=3, merged=_merged(8192, kept))
     return AttentionTile(tokens=64, least=128, programs=3, merged=_merged(16384, kept))
 
 

@@ -36,7 +36,6 @@ from engine.hub.downloads import Downloads
 from engine.job import Job
 from engine.loop import StepLoop
 from engine.model import Model, OpenCuda, load_model
-from engine.preprocess import ImageInput
 from engine.prompts import Prompt
 from engine.request import Chunk, Finished, Message, Request, Timings, Tool, shown
 from engine.sampling import SamplerState
@@ -238,7 +237,9 @@ class Engine:
             number = self._numbers
         try:
             features = [self._known_features(model, layout.key) for layout in layouts]
-            images = self._pixels(model, request, layouts, features, job)
+            known = [layout if one is not None else None for layout, one in zip(layouts, features, strict=True)]
+            limit = self.config.max_image_megapixels
+            images = model.image_inputs(request.shown, known, limit, lambda: not job.is_abandoned)
             grammar = model.grammars.matcher(request.sampling.schema)
             sampler = SamplerState(request.sampling, prompt.token_ids, grammar=grammar)
             job.on_prepared()
@@ -248,24 +249,6 @@ class Engine:
         except Exception:
             job.fail(EngineError("preparing the request failed"))
             raise
-
-    def _pixels(
-        self,
-        model: Model,
-        request: Request,
-        layouts: list[ImageInput],
-        features: list[NDArray[np.floating] | None],
-        job: Job,
-    ) -> tuple[ImageInput, ...]:
-        """The images as the tower takes them; those whose features are known stay without pixels.
-
-        Raises Cancelled soon after the job's last stream has ended.
-        """
-        limit, is_wanted = self.config.max_image_megapixels, (lambda: not job.is_abandoned)
-        return tuple(
-            layout if known is not None else model.image_input(image, limit, is_wanted)
-            for image, layout, known in zip(request.shown, layouts, features, strict=True)
-        )
 
     def _answer_key(self, model: Model, request: Request, prompt: Prompt) -> bytes | None:
         if not (self.config.cache_enabled and request.sampling.is_deterministic):

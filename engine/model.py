@@ -87,8 +87,25 @@ class Model:
         """
         return [self._layout(one, max_megapixels, is_wanted) for one in shown]
 
-    def image_input(self, shown: Image | Video, max_megapixels: float, is_wanted: IsWanted) -> ImageInput:
-        """Decode an image or a video for the tower. Raises InvalidImage or InvalidVideo, and Cancelled as above."""
+    def image_inputs(
+        self,
+        shown: Ordered[Image | Video],
+        known: Ordered[ImageInput | None],
+        max_megapixels: float,
+        is_wanted: IsWanted,
+    ) -> tuple[ImageInput, ...]:
+        """As the tower takes them; those that are `known`, because their features are, stay as they are.
+
+        Raises InvalidImage or InvalidVideo, and Cancelled soon after nothing is wanted any more.
+        """
+        return tuple(
+            layout or self.image_input(one, max_megapixels, is_wanted) for one, layout in zip(shown, known, strict=True)
+        )
+
+    def image_input(
+        self, shown: Image | Video, max_megapixels: float, is_wanted: IsWanted = always_wanted
+    ) -> ImageInput:
+        """Decode an image or a video for the tower. Raises as `image_inputs` does."""
         require_wanted(is_wanted)
         if isinstance(shown, Video):
             return self._video_processor.process(_read_video(shown, max_megapixels, is_wanted), is_wanted)

@@ -192,9 +192,9 @@ def test_steps_compute_what_the_reference_does(
     pairs = ("device to stand-in", "device to transformers", "stand-in to transformers")
     for number, pair in enumerate(pairs):
         print(f"\n{precision} {pair}, step by step: {' '.join(f'{error[number]:.4f}' for error in errors)}")
-    assert max(error for error, _, _ in errors) < limit
+    assert all(error < limit for error, _, _ in errors)  # which none is that is no number
     if precision == "fp32":
-        assert max(error for _, error, _ in errors) < limit
+        assert all(error < limit for _, error, _ in errors)
 
 
 @pytest.mark.usefixtures("own_stream")

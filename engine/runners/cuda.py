@@ -139,8 +139,11 @@ class CudaRunner:
         """
         if self._last is not None:
             self._last.tokens()
-        found = [self._sampled[row].sampler.grammar for row in self._constrained]
-        self._sampler.constrain(logits, self._constrained, masks([one for one in found if one is not None]))
+        found = (self._sampled[row].sampler.grammar for row in self._constrained)
+        matchers = [one for one in found if one is not None]
+        memory = self._sampler.mask_memory(len(matchers), matchers[0].vocabulary.words)
+        masks(matchers, memory.numpy())
+        self._sampler.constrain(logits, self._constrained, memory)
 
     def _step(self, plan: StepPlan) -> PackedStep:
         axes = self._spec.decoder.rope.axes

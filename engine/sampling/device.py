@@ -103,15 +103,17 @@ class DeviceSampler:
             return torch.empty(0, dtype=torch.int32, device=self.device)
         return self._sampling(logits, slots, self._table, self._counts, self.slot_tokens)
 
-    def constrain(self, logits: torch.Tensor, rows: Sequence[int], masks: NDArray[np.int32]) -> None:
+    def mask_memory(self, count: int, words: int) -> torch.Tensor:
+        """Host memory int32 [count, words] for the masks of one call of `constrain`."""
+        return self._staging(count * words, torch.int32).view(count, words)
+
+    def constrain(self, logits: torch.Tensor, rows: Sequence[int], masks: torch.Tensor) -> None:
         """Set to minus infinity, in place, what the masks [n, words] do not allow in n rows of logits [R, vocab].
 
         A bit per token, 32 to a word, the first token lowest, for at least the vocabulary. Asynchronous.
         """
         count = len(rows)
-        staged = self._staging(masks.nbytes, torch.uint8)
-        staged.numpy()[:] = masks.view(np.uint8).reshape(-1)
-        allowed = staged.to(self.device, non_blocking=True).view(count, -1, 1) & self._bits
+        allowed = masks.view(torch.uint8).to(self.device, non_blocking=True).view(count, -1, 1) & self._bits
         forbidden = allowed.view(count, -1)[:, : self.vocab] == 0
         if all(row == place for place, row in enumerate(rows)):
             logits[:count].masked_fill_(forbidden, -torch.inf)

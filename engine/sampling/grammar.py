@@ -129,9 +129,9 @@ class Grammars:
             return Matcher(compiled.deep_copy(), vocabulary)
 
 
-def masks(matchers: Sequence[Matcher]) -> Words:
-    """What may come next in each of one model's sequences, [n, words]; nothing where there is a `problem`."""
-    words = np.empty((len(matchers), matchers[0].vocabulary.words), np.int32)
+def masks(matchers: Sequence[Matcher], out: Words | None = None) -> Words:
+    """What may come next in each of one model's sequences, [n, words], in `out`; nothing where there is a `problem`."""
+    words = np.empty((len(matchers), matchers[0].vocabulary.words), np.int32) if out is None else out
     if len(matchers) == 1:
         matchers[0].state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     else:

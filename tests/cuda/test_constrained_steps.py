@@ -82,7 +82,7 @@ def test_a_mask_forbids_in_its_rows_alone(dtype: torch.dtype, rows: list[int]) -
     logits = torch.randn(4, vocab).to(dtype)
     masked = logits.clone()
     words = random.integers(-(2**31), 2**31, (len(rows), 4), dtype=np.int64).astype(np.int32)
-    sampler.constrain(masked, rows, words)
+    sampler.constrain(masked, rows, torch.from_numpy(words))
     allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :vocab].astype(bool)
     for row, bits in zip(rows, allowed, strict=True):
         assert torch.equal(masked[row].isfinite(), torch.from_numpy(bits))

@@ -1,4 +1,4 @@
-"""Families on a real device whose operators no other test runs there: Gemma 3, and videos of the Qwen families.
+"""What no other test runs on a real device: Gemma 3, videos of the Qwen families, and output held to a schema.
 
     pytest -m gpu -s tests/cuda/test_families_gpu.py
 
@@ -7,11 +7,13 @@ Every test prints how far apart the two are, whether it passes or not.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ from tests.cuda.test_linear_attention_gpu import random, starts_of, steps
 from tests.cuda.told import shared_text, told
 from tests.engine.asking import about, picture, request
 from tests.engine.conftest import tiny_gemma3
+from tests.engine.schemas import random_schema
 from tests.engine.test_vision_families import MODELS
 from tests.preprocess.films import film
 from tests.prompts import checkpoints
@@ -186,3 +189,18 @@ def test_answers_about_videos_are_those_of_the_cpu(storage: Path, name: str, sha
         shown = (video, image) if seed % 2 else (video,)
         requests.append(about(*shown, text="what?", model=name, max_tokens=16, ignore_eos=True))
     assert alike(storage, requests, f"videos of {name}", "fp16", kernel_fusion="off") > share
+
+
+def test_answers_held_to_a_schema_fit_it(storage: Path) -> None:
+    """Beside free ones, drawn and greedy."""
+    schemas = [random_schema(seed) if seed % 3 else None for seed in range(9)]
+    requests = []
+    for seed, schema in enumerate(schemas):
+        drawn = {"temperature": 1.0, "seed": seed} if seed % 2 else {}
+        limit = {"max_tokens": 500, "json_schema": json.dumps(schema)} if schema else {"max_tokens": 30}
+        requests.append(request(f"form {seed}", model="gemma3", **drawn, **limit))
+    answers = told(storage, requests, times=1, device="cuda", precision="bf16", gpu_memory=4096)
+    for (text, reason, _, _), schema in zip(answers, schemas, strict=True):
+        if schema is not None:
+            assert reason == "stop", text
+            jsonschema.Draft202012Validator(schema).validate(json.loads(text))

@@ -66,11 +66,13 @@ def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
     assert_fits(kernel, capability, tmp_path)
     weights, rest = kernel.asm["ptx"].split("bar.sync", maxsplit=1)
     early = re.findall(r"ld\.global[\w.:]*", weights)
-    loads = early + re.findall(r"ld\.global[\w.:]*", rest.split("shfl.sync")[0])  # until the threads exchange sums
+    loads = re.findall(r"ld\.global[\w.:]*", rest.split("shfl.sync")[0])  # until the threads exchange sums
     lines = tile.outputs * (2 if activation == "silu_gate" else 1)
-    assert len(early) == tile.unroll * (lines + (2 if norm != "none" else 0)), "all weights are asked for at first"
-    assert len(loads) == len(early) + tile.unroll * rows * 2
-    assert all(load.endswith("v4.b32") for load in loads), "16 bytes at a time"
+    wanted = tile.unroll * (lines + (2 if norm != "none" else 0))
+    assert sum(load.endswith("v4.b32") for load in early) >= wanted, "all weights are asked for at first, 16 bytes each"
+    assert wanted < len(early) <= wanted + lines, "and what the sums are multiplied by"
+    assert len(loads) == tile.unroll * rows * 2
+    assert all(load.endswith("v4.b32") for load in loads)
 
 
 @pytest.mark.parametrize(("dtype", "capability"), CHIPS)

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton import knobs
 
 from engine.kernels.activation import activate
-from engine.kernels.linear.epilogue import load_columns
+from engine.kernels.linear.epilogue import EARLY_TOKENS, ask_columns, read_residual, scaled
 from engine.kernels.overlap import BESIDE as _BESIDE
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
@@ -131,45 +131,43 @@ def _summed(parts: tl.tensor, places: tl.tensor, STRIDE: tl.constexpr, SPLITS: t
 
 
 @triton.jit
-def _scaled(
-    total: tl.tensor,
-    factor: tl.tensor,
-    scale: tl.tensor,
-    bias: tl.tensor,
-    columns: tl.tensor,
-    WIDTH: tl.constexpr,
-) -> tl.tensor:
-    value = total.to(tl.float32) * (load_columns(scale, columns, WIDTH)[:, None] * factor)
-    if bias is not None:
-        value += load_columns(bias, columns, WIDTH)[:, None]
-    return value
-
-
-@triton.jit
 def _finish(
     total: tl.tensor,
     upper: tl.tensor,
     row_scale: tl.tensor,
+    factor: tl.tensor,
     scale: tl.tensor,
+    scales: tl.tuple,
     bias: tl.tensor,
+    biases: tl.tuple,
     residual: tl.tensor,
+    added: tl.tensor,
     y: tl.tensor,
     columns: tl.tensor,
     tokens: tl.tensor,
     rows: tl.tensor,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    factor = 1.0
-    if row_scale is not None:
-        factor = tl.load(row_scale + tokens, mask=tokens < rows, other=0.0)[None, :]
-    value = activate(_scaled(total, factor, scale, bias, columns, WIDTH), ACTIVATION)
+    """factor, scales, biases and added are what row_scale, scale, bias and residual have here; read now if they were
+    not asked for.
+    """
+    if len(scales) == 0:
+        scales, biases = ask_columns(scale, columns, WIDTH, PARTS), ask_columns(bias, columns, WIDTH, PARTS)
+        if row_scale is not None:
+            factor = tl.load(row_scale + tokens, mask=tokens < rows, other=0.0)
+        if residual is not None:
+            added = read_residual(residual, columns, tokens, rows, WIDTH)
+    if factor is not None:
+        total, upper = total.to(tl.float32) * factor[None, :], upper.to(tl.float32) * factor[None, :]
+    value = activate(scaled(total, scales, biases, 0), ACTIVATION)
     if ACTIVATION == "silu_gate":
-        value *= _scaled(upper, factor, scale + WIDTH, None if bias is None else bias + WIDTH, columns, WIDTH)
+        value *= scaled(upper, scales, biases, 1)
+    if added is not None:
+        value += added.to(tl.float32)
     places = tokens.to(tl.int64)[None, :] * WIDTH + columns[:, None]
     inside = (tokens < rows)[None, :] & (columns < WIDTH)[:, None]
-    if residual is not None:
-        value += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + places, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -214,16 +212,28 @@ def gemm(
     first = split * (STEPS * DEPTH)
     MASKED: tl.constexpr = K != SPLITS * STEPS * DEPTH
     asked = _ask(weight, near_columns, first, K, PARTS, WIDTH * K, DEPTH, MASKED, AHEAD)
+    scales, biases = tl.tuple(()), tl.tuple(())
+    if TOKENS <= EARLY_TOKENS:
+        scales, biases = ask_columns(scale, columns, WIDTH, PARTS), ask_columns(bias, columns, WIDTH, PARTS)
     wait_for_last(EARLY)
     if rows <= BESIDE or residual is not None or ACTIVATION == "silu_gate":  # what follows those is few programs
         let_next_begin(EARLY)
     if AHEAD > 0:
         tl.debug_barrier()  # over which the compiler moves no load
+    factor, added = None, None
+    if TOKENS <= EARLY_TOKENS:
+        if row_scale is not None:
+            factor = tl.load(row_scale + near_tokens)
+        if residual is not None:
+            added = read_residual(residual, columns, tokens, rows, WIDTH)
     total, upper = _product(
         x, weight, asked, near_tokens, near_columns, first, K, PARTS, WIDTH * K, DEPTH, STEPS, MASKED, AHEAD
     )
     if SPLITS == 1:
-        _finish(total, upper, row_scale, scale, bias, residual, y, columns, tokens, rows, WIDTH, ACTIVATION)
+        _finish(
+            total, upper, row_scale, factor, scale, scales, bias, biases, residual, added, y,
+            columns, tokens, rows, WIDTH, PARTS, ACTIVATION,
+        )  # fmt: skip
     else:
         places = tl.arange(0, OUTPUTS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         parts += tile * (SPLITS * PARTS * TILE)
@@ -236,4 +246,7 @@ def gemm(
             total = _summed(parts, places, PARTS * TILE, SPLITS)
             if PARTS == 2:
                 upper = _summed(parts + TILE, places, PARTS * TILE, SPLITS)
-            _finish(total, upper, row_scale, scale, bias, residual, y, columns, tokens, rows, WIDTH, ACTIVATION)
+            _finish(
+            total, upper, row_scale, factor, scale, scales, bias, biases, residual, added, y,
+            columns, tokens, rows, WIDTH, PARTS, ACTIVATION,
+        )  # fmt: skip

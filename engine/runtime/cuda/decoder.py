@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from engine.graphs.cuda import PARTS, StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
-from engine.runtime.cuda.pieces import CapturedPieces
+from engine.runtime.cuda.pieces import SIZES, CapturedPieces
 from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.states import DeltaNetStates
 from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
@@ -54,14 +54,14 @@ class PagedDecoder:
         context_length: int,
         step_tokens: int,
         paged: bool = True,
-        pieces: bool = True,
+        pieces: Sequence[int] = SIZES,
         cache_scales: Mapping[str, torch.Tensor] | None = None,
         decoding: GraphSession | None = None,
         mutual: GraphSession | None = None,
         states: DeltaNetStates | None = None,
     ) -> None:
         """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `paged` as the graph was made.
-        With `pieces` short pieces of prompts are captured. `cache_scales` are the inputs `StepInputs.cache_scale` of a
+        Prompts' pieces of the sizes `pieces` are captured. `cache_scales` are the inputs `StepInputs.cache_scale` of a
         graph with int8 caches. `decoding` runs the captured steps, in a graph for decoding; `mutual` those steps, where
         the model has any. `states` are those that linear attention needs, made here unless they are given.
 
@@ -156,6 +156,7 @@ class PagedDecoder:
             self._session,
             lambda inputs, features: self._bind(self._session, inputs, features, 1, 2),
             self._buffer,
+            sizes=self._takes_pieces,
             axes=self.spec.rope.axes,
             block_size=self._block_size,
             step_tokens=self._step_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
 
 SIZES = (64, 128, 256)  # tokens of a piece, less one; a device is as long about fewer, and about more as the host
+OUR_SIZES = (*SIZES, 528, 1040)  # of operators of ours, which take the host longer, and the device less time
 LONGEST = 4096  # tokens of a prompt; longer ones are rarely the only work
 
 Bind = Callable[[dict[str, torch.Tensor], torch.Tensor], Binding]
@@ -40,6 +41,7 @@ class CapturedPieces:
         bind: Bind,
         buffer: StepBuffer,
         *,
+        sizes: Sequence[int],
         axes: int,
         block_size: int,
         step_tokens: int,
@@ -47,13 +49,13 @@ class CapturedPieces:
         feature_width: int,
         dtype: torch.dtype,
     ) -> None:
-        """`step_tokens` is the most that `buffer` has room for."""
+        """`sizes` in tokens of a piece, less one, ascending; `step_tokens` is the most that `buffer` has room for."""
         self._session = session
         self._bind = bind
         self._buffer = buffer
         self._axes = axes
         self._block_size = block_size
-        self._sizes = [size for size in SIZES if size <= step_tokens]
+        self._sizes = [size for size in sizes if size <= step_tokens]
         self._contexts = list(contexts(min(context_length, LONGEST)))
         most = max(self._sizes, default=1)
         self._features = torch.zeros((most, feature_width), dtype=dtype, device=buffer.device.device)

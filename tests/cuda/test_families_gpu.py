@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -193,6 +192,7 @@ def test_answers_about_videos_are_those_of_the_cpu(storage: Path, name: str, sha
 
 def test_answers_held_to_a_schema_fit_it(storage: Path) -> None:
     """Beside free ones, drawn and greedy."""
+    jsonschema = pytest.importorskip("jsonschema")
     schemas = [random_schema(seed) if seed % 3 else None for seed in range(9)]
     requests = []
     for seed, schema in enumerate(schemas):

@@ -17,6 +17,7 @@ ort.set_default_logger_severity(3)  # else a session's creation prints warnings 
 
 _EAGER = -1
 _FLASH_ATTENTION = "1"  # a bit of the provider's sdpa_kernel
+_DEPTH = 64  # inputs of a layer that the provider's fast products of int8 weights take at once
 
 
 class Binding(Protocol):
@@ -112,7 +113,7 @@ class CudaSession:
         options.enable_mem_pattern = few_shapes
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        if few_shapes:
+        if few_shapes and _fits_fast_products(graph):
             options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
         for name, weight in self._weights.items():
             options.add_initializer(name, weight)
@@ -155,3 +156,8 @@ class CudaSession:
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self._run_options[graph] = options
         return self._run_options[graph]
+
+
+def _fits_fast_products(graph: CudaGraph) -> bool:
+    """The provider takes them for layers that end within _DEPTH inputs too; on an H100 it then computes NaN."""
+    return all(weight.shape[1] * weight.shape[2] % _DEPTH == 0 for weight in graph.weights if weight.form == "blocks")

@@ -161,7 +161,7 @@ def alike(storage: Path, requests: Sequence[Request], what: str, precision: str,
     return share
 
 
-@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.9), ("bf16", 0.8), ("int8", 0.5)])
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.9), ("bf16", 0.7), ("int8", 0.5)])
 def test_gemma3_answers_as_on_the_cpu(
     storage: Path, precision: str, share: float, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -97,7 +97,8 @@ def test_attention_sees_its_window_in_one_direction_or_both(
     ]
     kind = f"{dtype}, heads of {head_dim}, causal {causal}, window {window}"
     print(f"\n{kind}: largest errors {', '.join(f'{error:.1e}' for error in errors)}")
-    assert max(errors) < (1e-2 if dtype == torch.float16 else 6e-2)
+    limit = 1e-2 if dtype == torch.float16 else 6e-2
+    assert all(error < limit for error in errors)  # what is not a number is below nothing
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_gemma3s_steps_compute_what_the_reference_does(
     pairs = ("device to stand-in", "device to transformers", "stand-in to transformers")
     for number, pair in enumerate(pairs):
         print(f"\n{precision} {pair}, step by step: {' '.join(f'{error[number]:.4f}' for error in errors)}")
-    assert max(error for _, error, _ in errors) < limit
+    assert all(error < limit for _, error, _ in errors)
 
 
 @pytest.mark.usefixtures("own_stream")

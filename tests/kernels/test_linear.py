@@ -66,13 +66,11 @@ def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
     assert_fits(kernel, capability, tmp_path)
     weights, rest = kernel.asm["ptx"].split("bar.sync", maxsplit=1)
     early = re.findall(r"ld\.global[\w.:]*", weights)
-    loads = re.findall(r"ld\.global[\w.:]*", rest.split("shfl.sync")[0])  # until the threads exchange sums
+    loads = early + re.findall(r"ld\.global[\w.:]*", rest.split("shfl.sync")[0])  # until the threads exchange sums
     lines = tile.outputs * (2 if activation == "silu_gate" else 1)
-    wanted = tile.unroll * (lines + (2 if norm != "none" else 0))
-    assert sum(load.endswith("v4.b32") for load in early) >= wanted, "all weights are asked for at first, 16 bytes each"
-    assert wanted < len(early) <= wanted + lines, "and what the sums are multiplied by"
-    assert len(loads) == tile.unroll * rows * 2
-    assert all(load.endswith("v4.b32") for load in loads)
+    assert len(early) == tile.unroll * (lines + (2 if norm != "none" else 0)), "all weights are asked for at first"
+    assert len(loads) == len(early) + tile.unroll * rows * 2
+    assert all(load.endswith("v4.b32") for load in loads), "16 bytes at a time"
 
 
 @pytest.mark.parametrize(("dtype", "capability"), CHIPS)
@@ -131,6 +129,24 @@ def test_weights_are_asked_for_before_the_rows_are_waited_for(
     assert 16 * 32 * tile.warps * len(re.findall(r"ld\.global[\w.:]*v4", before)) == nbytes
     assert "griddepcontrol.launch_dependents" in after
     assert "st.global" not in before, "nothing is written before the wait"
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "activation"), [(16, 2048, "none"), (32, 17920, "silu_gate"), (64, 2048, "none")]
+)
+def test_the_end_of_a_product_waits_for_nothing_but_its_sums(rows: int, n: int, activation: str) -> None:
+    from engine.kernels.linear.gemm import gemm
+
+    tile = default_gemm(Product("int8", rows, n, 1536, activation == "silu_gate"))
+    assert tile.splits == 1
+    pointers = {"weight": "*i8", "scale": "*fp32", "x": "*i8", "row_scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    pointers |= {"residual": "*bf16"} if rows <= 32 else {}
+    constants = {"N": n, "K": 1536, "ACTIVATION": activation, "OUTPUTS": tile.outputs, "TOKENS": tile.tokens}
+    constants |= {"DEPTH": tile.depth, "SPLITS": 1, "AHEAD": 0, "EARLY": True}
+    built = compiled(gemm, pointers, ["rows"], constants, 90, num_warps=tile.warps, num_stages=tile.stages)
+    before, after = built.asm["ptx"].rsplit("wgmma.mma_async", maxsplit=1)
+    assert "ld.global" in before, "scales, biases, what is added"
+    assert "ld.global" not in after
 
 
 SHAPES = [(2048, 1536, False), (17920, 1536, True), (1536, 8960, False), (151936, 1536, False), (288, 192, False)]

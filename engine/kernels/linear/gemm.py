@@ -21,7 +21,7 @@ import triton.language as tl
 from triton import knobs
 
 from engine.kernels.activation import activate
-from engine.kernels.linear.epilogue import EARLY_TOKENS, ask_columns, read_residual, scaled
+from engine.kernels.linear.epilogue import EARLY_SUMS, EARLY_TOKENS, ask_columns, read_residual, scaled
 from engine.kernels.overlap import BESIDE as _BESIDE
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
@@ -157,14 +157,14 @@ def _finish(
         scales, biases = ask_columns(scale, columns, WIDTH, PARTS), ask_columns(bias, columns, WIDTH, PARTS)
         if row_scale is not None:
             factor = tl.load(row_scale + tokens, mask=tokens < rows, other=0.0)
-        if residual is not None:
-            added = read_residual(residual, columns, tokens, rows, WIDTH)
     if factor is not None:
         total, upper = total.to(tl.float32) * factor[None, :], upper.to(tl.float32) * factor[None, :]
     value = activate(scaled(total, scales, biases, 0), ACTIVATION)
     if ACTIVATION == "silu_gate":
         value *= scaled(upper, scales, biases, 1)
-    if added is not None:
+    if residual is not None:
+        if added is None:
+            added = read_residual(residual, columns, tokens, rows, WIDTH)
         value += added.to(tl.float32)
     places = tokens.to(tl.int64)[None, :] * WIDTH + columns[:, None]
     inside = (tokens < rows)[None, :] & (columns < WIDTH)[:, None]
@@ -213,7 +213,8 @@ def gemm(
     MASKED: tl.constexpr = K != SPLITS * STEPS * DEPTH
     asked = _ask(weight, near_columns, first, K, PARTS, WIDTH * K, DEPTH, MASKED, AHEAD)
     scales, biases = tl.tuple(()), tl.tuple(())
-    if TOKENS <= EARLY_TOKENS:
+    ASKED: tl.constexpr = PARTS * TILE <= EARLY_SUMS
+    if ASKED:
         scales, biases = ask_columns(scale, columns, WIDTH, PARTS), ask_columns(bias, columns, WIDTH, PARTS)
     wait_for_last(EARLY)
     if rows <= BESIDE or residual is not None or ACTIVATION == "silu_gate":  # what follows those is few programs
@@ -221,11 +222,10 @@ def gemm(
     if AHEAD > 0:
         tl.debug_barrier()  # over which the compiler moves no load
     factor, added = None, None
-    if TOKENS <= EARLY_TOKENS:
-        if row_scale is not None:
-            factor = tl.load(row_scale + near_tokens)
-        if residual is not None:
-            added = read_residual(residual, columns, tokens, rows, WIDTH)
+    if ASKED and (row_scale is not None):
+        factor = tl.load(row_scale + near_tokens)
+    if (residual is not None) and (TOKENS <= EARLY_TOKENS):
+        added = read_residual(residual, columns, tokens, rows, WIDTH)
     total, upper = _product(
         x, weight, asked, near_tokens, near_columns, first, K, PARTS, WIDTH * K, DEPTH, STEPS, MASKED, AHEAD
     )

@@ -45,7 +45,7 @@ def test_splits_cover_every_context_in_whole_tiles(parameters: AttentionParamete
 
 
 def test_one_sequence_spreads_over_the_device_and_many_do_not_merge() -> None:
-    for batch, count in ((1, 16), (8, 8), (32, 22), (128, 1), (256, 1)):
+    for batch, count in ((1, 16), (8, 8), (32, 16), (128, 1), (256, 1)):
         tile = default_tile(QWEN2_VL_2B, batch, 132, int8=False)
         assert split_context(QWEN2_VL_2B, tile, batch, 2048, 132).count == count
 

@@ -95,7 +95,7 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
     if 5 * units <= multiprocessors:
         return AttentionTile(tokens=128, warps=8, programs=1, merged=_merged(2048, kept))
     if 4 * units <= 3 * multiprocessors:
-        return AttentionTile(tokens=16, warps=1, programs=8, merged=_merged(4096, kept))
+        return AttentionTile(tokens=16, warps=1, programs=12 if int8 else 8, merged=_merged(4096, kept))
     if 2 * units <= 3 * multiprocessors:
         return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
     if int8 and width >= 64:

@@ -82,8 +82,8 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
     the merge of its splits, and the more warps and the fewer splits it has. From half a program to a multiprocessor on
     there are many small ones, which keep memory busy; with two, splits cost more than they fill.
 
-    int8 caches take the same, but for many sequences: a token's bytes are half as many, to be widened by instructions
-    that 16-bit ones do not take, so twice as many warps share them.
+    int8 caches take the same, but for many sequences, measured likewise, with 8 key heads too: a token's bytes are half
+    as many, and instructions widen them, so twice as many warps share them.
     """
     width = power_of_2(parameters.head_dim)
     kept = parameters.kept_rows * width
@@ -96,7 +96,9 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
         return AttentionTile(tokens=128, warps=8, programs=1, merged=_merged(2048, kept))
     if 4 * units <= 3 * multiprocessors:
         return AttentionTile(tokens=16, warps=1, programs=12 if int8 else 8, merged=_merged(4096, kept))
-    if 2 * units <= 3 * multiprocessors:
+    if int8 and width >= 64 and units <= multiprocessors:
+        return AttentionTile(tokens=128, warps=8, least=128, programs=1, merged=_merged(8192, kept))
+    if 2 * units <= 3 * multiprocessors and not (int8 and width >= 64):
         return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
     if int8 and width >= 64:
         return AttentionTile(tokens=64, warps=8, least=128, programs=3, merged=_merged(8192, kept))

@@ -35,15 +35,10 @@ class Launcher:
         options: tuple[tuple[str, int], ...],
     ) -> None:
         """options: num_warps, num_stages and the like. Whatever the arguments, the launch is on the current stream."""
-        kind: list[Hashable] = [constants, options]
-        addresses: list[int | None] = []
-        aligned = True
-        for pointer in pointers:
-            address = None if pointer is None else pointer.data_ptr()
-            aligned = aligned and not (address and address % ALIGNED)
-            addresses.append(address)
-            kind.append(None if pointer is None else pointer.dtype)
-        key = tuple(kind)
+        addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
+        types = tuple([None if pointer is None else pointer.dtype for pointer in pointers])
+        key = (constants, options, types)
+        aligned = not any(address and address % ALIGNED for address in addresses)
         compiled = self._compiled.get(key) if aligned else None
         if compiled is not None:
             compiled[grid](*addresses, *integers, *constants, self._early)

@@ -131,7 +131,7 @@ def act_quantise(x: Tensor, rows: Tensor, scales: Tensor, *, activation: Activat
         return
     columns, together, warps = tile_of(count, width)
     _launcher(_current_device(), activating=True)(
-        (triton.cdiv(count, together), 1, 1),
+        (-(-count // together), 1, 1),
         (x, rows, scales),
         (count,),
         (width, activation, columns, together),
@@ -167,7 +167,7 @@ def _normalise(
         return
     columns, together, warps = tile_of(count, width)
     _launcher(_current_device(), activating=False)(
-        (triton.cdiv(count, together), 1, 1),
+        (-(-count // together), 1, 1),
         (x, residual, total, weight, bias, out, scales),
         (count,),
         (width, norm, epsilon, columns, together),

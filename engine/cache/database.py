@@ -17,6 +17,7 @@ from diskcache.core import DBNAME, MODE_BINARY, MODE_RAW  # type: ignore[import-
 from engine.cache.disk import ForeignValue, RawDisk
 
 MIN_FILE_SIZE = 64 << 10  # bytes; smaller values lie in the database itself
+CACHED_PAGES = 512  # of 4 KiB, in each thread's connection; the system keeps the file's pages for all of them
 READ_TIMEOUT_S = 0.1
 WRITE_TIMEOUT_S = 5.0
 ORPHAN_AGE_S = 3600.0
@@ -57,6 +58,7 @@ def open_database(folder: Path, size_limit_bytes: int) -> Database:
         "eviction_policy": "least-recently-used",
         "size_limit": size_limit_bytes,
         "statistics": 0,  # would make every lookup a write
+        "sqlite_cache_size": CACHED_PAGES,
         "sqlite_mmap_size": 0,  # a database truncated by somebody else is an error then, not a SIGBUS
         "sqlite_synchronous": 1,  # NORMAL: with a write-ahead log a power cut loses the last entries, never the file
     }

@@ -60,6 +60,16 @@ def test_answers_of_any_length_come_back(cache: AnswerCache, text: str) -> None:
     assert cache.get(key(1)) == answer
 
 
+def test_a_connection_keeps_few_pages_of_a_large_database(cache: AnswerCache) -> None:
+    cache.put(key(1), ANSWER)
+    assert cache.flush()
+    database = cache._store._database
+    assert database is not None
+    for connected in (database.writer, database.reader):
+        (pages,), (size,) = (connected._sql(f"PRAGMA {name}").fetchone() for name in ("cache_size", "page_size"))
+        assert pages * size <= 2 << 20
+
+
 def test_a_new_answer_replaces_the_old_one(cache: AnswerCache) -> None:
     newer = Answer("newer", "stop", Usage(1, 1))
     cache.put(key(1), ANSWER)

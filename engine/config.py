@@ -40,7 +40,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "idle_unload_minutes": (0, 1 << 20),
     "threads": (0, 1024),
     "metrics_port": (0, 65535),
-    "preprocess_workers": (1, 64),
+    "preprocess_workers": (0, 64),
 }
 
 
@@ -84,7 +84,7 @@ class EngineConfig:
     # Long enough that nobody at work waits for a model twice, short enough that a night's GPU is free for others.
     idle_unload_minutes: float = 30.0  # 0 = never
     threads: int = 0  # ONNX Runtime's intra-op threads; 0 = one for a small model, every core for a large one
-    preprocess_workers: int = 2
+    preprocess_workers: int = 0  # threads that decode images; 0 = one for each two cores, two at most
     metrics_port: int = 0  # of 127.0.0.1, for Prometheus and `./tessera top`; 0 = off
     hub_endpoint: str = "https://huggingface.co"  # a mirror, ModelScope ("modelscope" in the address), or off
     hub_token: str = dataclasses.field(default="", repr=False)  # a secret: no message may quote it
@@ -115,6 +115,11 @@ class EngineConfig:
     def cuda_indices(self) -> tuple[int, ...]:
         """The GPUs that `device` numbers; empty when it leaves the choice open."""
         return _indices(self.device)
+
+    @property
+    def preparing_threads(self) -> int:
+        """Threads for images, and as many for videos: more than cores have time for only take it from the model."""
+        return self.preprocess_workers or max(1, min(2, len(os.sched_getaffinity(0)) // 2))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:

@@ -75,9 +75,10 @@ class Engine:
         self._numbers = 0
         self._closing = False
         self._loader = ThreadPoolExecutor(1, "engine-load")
-        self._workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare")
+        workers = config.preparing_threads
+        self._workers = ThreadPoolExecutor(workers, "engine-prepare")
         # Decoding a video takes seconds, for which requests without one do not wait.
-        self._video_workers = ThreadPoolExecutor(config.preprocess_workers, "engine-prepare-video")
+        self._video_workers = ThreadPoolExecutor(workers, "engine-prepare-video")
         self._fetcher = ImageFetcher(config)
         self._downloads = Downloads(config)
         self._arrivals: dict[Stream, tuple[str, float]] = {}  # who waits for a download: for what, and how long

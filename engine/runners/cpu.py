@@ -1,4 +1,4 @@
-"""A model on the CPU: one call for all decoding rows, one per prefill chunk, the vision tower on its own thread."""
+"""A model on the CPU: one call for all decoding rows, one per prefill chunk, the vision tower beside them."""
 
 from __future__ import annotations
 
@@ -66,9 +66,11 @@ class LaunchedStep:
 class CpuRunner:
     """Implements `Runner`. The tower takes as long as many steps, and the decoder leaves cores free.
 
-    `prefill_threads` of them compute prompts while the step's decode call runs. Where there are some, a step is
-    launched before the last one's tokens are read, so that the step loop's code runs beside the model's. Where the
-    decoder has all cores, the step too many that an answer's end costs would be dear.
+    `helpers` is how many: a thread for each takes batches of images, and prompts while the step's decode call runs.
+    No more threads than that: one that computed prompts while the tower has its core would take turns with it and with
+    the decoder, and all three would find cold caches. Where there are some, a step is launched before the last one's
+    tokens are read, so that the step loop's code runs beside the model's. Where the decoder has all cores, the step too
+    many that an answer's end costs would be dear; the tower has a thread all the same, because no step may wait for it.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class CpuRunner:
         decoder: Decoder,
         encoder: Encoder | None,
         *,
-        prefill_threads: int,
+        helpers: int,
         weight_bytes: int,
         kv_bytes: int,
     ) -> None:
@@ -86,14 +88,13 @@ class CpuRunner:
         self.tower = encoder
         # Two, because a turn of the loop may wait for the interpreter or a core for longer than a step takes. States
         # are kept where a chunk ends, which the next step would go past.
-        self.lag = 2 if prefill_threads and spec.decoder.delta_net is None else 0
+        self.lag = 2 if helpers and spec.decoder.delta_net is None else 0
         self._eos = [token for token in spec.tokens.eos if token < spec.decoder.vocab]
         self._weight_bytes = weight_bytes
         self._kv_bytes = kv_bytes
         self._stepping = StepThread("engine-decode")
-        self._encoding = ThreadPoolExecutor(1, "engine-encode")
-        self._prefilling = ThreadPoolExecutor(max(1, prefill_threads), "engine-prefill")
-        self._prefill_threads = prefill_threads
+        self._beside = ThreadPoolExecutor(max(1, helpers), "engine-beside")
+        self._helpers = helpers
         self._memory = OrderedMemory(decoder, self._stepping)
         self._newest = np.zeros(decoder.rows, np.int64)  # token of each row; the stepping thread's
 
@@ -116,7 +117,7 @@ class CpuRunner:
 
     def encode(self, images: list[ImageInput]) -> Future[list[Any]]:
         assert self.tower is not None, "This is a bug: images were accepted for a text-only model."
-        return self._encoding.submit(self.tower.encode, images)
+        return self._beside.submit(self.tower.encode, images)
 
     def host_features(self, features: NDArray[np.float32]) -> Callable[[], NDArray[np.floating]]:
         return lambda: features
@@ -132,8 +133,7 @@ class CpuRunner:
 
     def close(self) -> None:
         self._stepping.close()
-        self._encoding.shutdown(cancel_futures=True)
-        self._prefilling.shutdown()
+        self._beside.shutdown(cancel_futures=True)
 
     def _place(self, sequence: Sequence) -> int:
         assert sequence.row is not None, "This is a bug: a waiting sequence is in no step."
@@ -152,13 +152,14 @@ class CpuRunner:
         prefill = SharedWork(self._prefill, step.prefill)
         for part in step.prefill:
             self.decoder.announce(part.row, part.chunk.stop)
-        idle = min(self._prefill_threads, len(step.prefill) - (step.decode is None))
-        helpers = [self._prefilling.submit(prefill.run) for _ in range(idle)]
+        wanted = min(self._helpers, len(step.prefill) - (step.decode is None))
+        helpers = [self._beside.submit(prefill.run) for _ in range(wanted)]
         try:
             decoded = [self._decode(step.decode)] if step.decode is not None else []
             prefill.run()
         finally:
-            problems = [helper.exception() for helper in helpers]  # they write to rows, which a failed step gives back
+            begun = [helper for helper in helpers if not helper.cancel()]  # the tower may have had all of them
+            problems = [helper.exception() for helper in begun]  # they write to rows, which a failed step gives back
         for problem in filter(None, problems):
             raise problem
         return decoded + prefill.results

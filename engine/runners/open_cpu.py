@@ -17,7 +17,7 @@ from engine.scheduling.scheduler import Scheduler, StepLimits
 _SMALL_MODEL_BYTES = 64 * 2**20
 _IMAGE_TOKENS = 64  # of one encoder batch: a larger one only keeps the first image waiting for the last
 _PREFILL_TOKENS = 256
-_PREFILL_THREADS = 3  # beside the step loop's own: a step's budget of prompts feeds no more
+_HELPERS = 3  # beside the stepping thread: a step's budget of prompts feeds no more
 
 
 def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
@@ -44,7 +44,7 @@ def open_cpu(name: str, artifact: Artifact, config: EngineConfig) -> Replica:
         spec,
         decoder,
         encoder,
-        prefill_threads=min(_PREFILL_THREADS, idle),
+        helpers=min(_HELPERS, idle),
         weight_bytes=artifact.weight_bytes,
         kv_bytes=blocks * BLOCK * spec.decoder.kv_bytes_per_token,
     )

@@ -43,7 +43,7 @@ class TowerInput(Protocol):
 
 
 class Encoder:
-    """One ONNX Runtime session; any thread, one call at a time.
+    """One ONNX Runtime session; any number of threads.
 
     An image's features do not depend, to the bit, on the images beside it.
     """

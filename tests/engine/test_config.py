@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def test_a_model_may_stay_for_ever_but_not_for_less_than_no_time() -> None:
     assert EngineConfig.from_mapping({"idle_unload_minutes": "0"}).idle_unload_minutes == 0
     with pytest.raises(InvalidConfig, match="idle_unload_minutes is -1"):
         EngineConfig.from_mapping({"idle_unload_minutes": "-1"})
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 2), (64, 2)])
+def test_images_are_prepared_by_as_many_threads_as_leave_cores_to_the_model(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert EngineConfig().preparing_threads == threads
+    assert EngineConfig(preprocess_workers=3).preparing_threads == 3
 
 
 def test_settings_survive_the_way_to_another_process(tmp_path: Path) -> None:

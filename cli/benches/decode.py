@@ -198,9 +198,10 @@ def summary(
 
 def _prompt_tokens(arguments: argparse.Namespace, batch: int) -> Iterator[int]:
     """Lengths such that all sequences have about `context` tokens half-way through the measured steps: the first ones
-    decode while the others' prompts are computed, so they start shorter."""
+    decode while the others' prompts are computed, so they start shorter. The first step that counts is the second of
+    its kind, behind the first token, which prefill gives."""
     (context,) = arguments.context
-    half = WARM_UP + arguments.steps // 2
+    half = WARM_UP + arguments.steps // 2 + 2
     for number in range(batch):
         ahead = math.ceil((batch - 1 - number) * context / arguments.prefill_chunk)
         yield context - half - ahead

@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
+from engine.runners.open_cuda import _take_over
 from tests.cuda.fake_device import FakeGpu
+from tests.cuda.one_operator import DEVICE
 from tests.engine.conftest import Start, start, storage
 
 __all__ = ["start", "storage"]
 
 StartOnGpu = Callable[..., Engine]
+
+
+@pytest.fixture
+def own_stream() -> None:
+    """Of a real device: this thread's work gets a stream, as an engine's loop has one."""
+    _take_over(DEVICE)
 
 
 @pytest.fixture

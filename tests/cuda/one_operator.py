@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort  # type: ignore[import-untyped]
 import torch
@@ -15,6 +16,14 @@ from tests.cuda.operators import MICROSOFT
 
 DEVICE = torch.device("cuda", 0)
 Tensors = dict[str, torch.Tensor]
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def starts_of(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
 
 
 def node(kind: str, inputs: Mapping[str, torch.Tensor | None], outputs: Tensors, **attributes: Any) -> bytes:

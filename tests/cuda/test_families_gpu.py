@@ -19,13 +19,11 @@ import torch
 
 from engine.checkpoints import Checkpoint
 from engine.request import Image, Request, Video
-from engine.runners.open_cuda import _take_over
 from engine.runtime.cuda.encoder import open_encoder
 from engine.spec import FloatType, Precision
-from tests.cuda.one_operator import DEVICE, node, run
+from tests.cuda.device_steps import errors_of_steps
+from tests.cuda.one_operator import DEVICE, node, random, run, starts_of
 from tests.cuda.operators import MICROSOFT, OPERATORS
-from tests.cuda.paged import CPU, Paged
-from tests.cuda.test_linear_attention_gpu import random, starts_of, steps
 from tests.cuda.told import shared_text, told
 from tests.engine.asking import about, picture, request
 from tests.engine.conftest import tiny_gemma3
@@ -47,11 +45,6 @@ PRECISIONS: list[tuple[Precision, FloatType, float]] = [
     ("int8", "bfloat16", 6e-2),
 ]
 WITH_VIDEO = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
-
-
-@pytest.fixture
-def own_stream() -> None:
-    _take_over(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -114,16 +107,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def test_gemma3s_steps_compute_what_the_reference_does(
     tiny: Tiny, precision: Precision, activations: FloatType, limit: float
 ) -> None:
-    on_device, stand_in = (Paged(tiny, precision, activations, device=device, block=64) for device in (DEVICE, CPU))
-    errors = []
-    for parts in steps(tiny):
-        found, wanted = on_device.step(*parts), stand_in.step(*parts)
-        true = np.stack([part.case.logits[part.stop - 1] for part in parts])
-        errors.append((relative_error(found, wanted), relative_error(found, true), relative_error(wanted, true)))
-    pairs = ("device to stand-in", "device to transformers", "stand-in to transformers")
-    for number, pair in enumerate(pairs):
-        print(f"\n{precision} {pair}, step by step: {' '.join(f'{error[number]:.4f}' for error in errors)}")
-    assert all(error < limit for _, error, _ in errors)
+    _, to_transformers, _ = errors_of_steps(tiny, precision, activations)
+    assert all(error < limit for error in to_transformers)
 
 
 @pytest.mark.usefixtures("own_stream")

@@ -7,28 +7,26 @@ Every test prints how far apart the two are, whether it passes or not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from engine.checkpoints import Checkpoint
-from engine.runners.open_cuda import _take_over
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.spec import FloatType, Precision
-from tests.cuda.one_operator import DEVICE, node, run
+from tests.cuda.device_steps import errors_of_steps
+from tests.cuda.one_operator import DEVICE, node, random, run, starts_of
 from tests.cuda.operators import MICROSOFT, OPERATORS
-from tests.cuda.paged import CPU, Paged, Part
-from tests.cuda.reference import ReferenceSession
+from tests.cuda.paged import Paged, Part
 from tests.cuda.told import shared_text, told
 from tests.engine.asking import picture, request
 from tests.engine.test_linear_attention import MODEL, with_model
 from tests.runtime import models
 from tests.runtime.cases import relative_error
-from tests.runtime.conftest import PROMPT, Tiny
+from tests.runtime.conftest import Tiny
 from tests.runtime.models import randomise
 
 pytestmark = [
@@ -39,14 +37,6 @@ TYPES = [torch.float16, torch.bfloat16, torch.float32]
 LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-4}  # of the largest error, to the largest value
 RAGGED = [[1] * 7, [1, 3, 64, 65, 200], [300], [40, 1, 1, 2]]
 HEADS = [(16, 32, 128, 128), (2, 6, 16, 24)]  # of keys, of values; key_dim, value_dim
-
-
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def starts_of(counts: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
 
 
 def compare(kind: str, what: str, inputs: Mapping[str, Any], same: Mapping[str, str], **attributes: Any) -> None:
@@ -149,25 +139,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(reference, Checkpoint.open(folder), tmp_path_factory.mktemp("storage"), [(6, 10), (2, 2), (4, 6)])
 
 
-def steps(tiny: Tiny) -> list[list[Part]]:
-    """Chunks with images, chunks beside decoding rows, rows alone, and a sequence that begins again."""
-    case, other = tiny.case, tiny.text_case(60, 3)
-    return [
-        [Part(2, case, 0, 50)],
-        [Part(2, case, 50, PROMPT), Part(0, other, 0, 33)],
-        [Part(0, other, 33, 34), Part(2, case, PROMPT, PROMPT + 1), Part(3, other, 0, 17)],
-        *[[Part(n, one, at + n_step, at + n_step + 1) for n, one, at in (
-            (2, case, PROMPT + 1), (0, other, 34), (3, other, 17))] for n_step in range(6)],
-        [Part(3, other, 0, 40), Part(2, case, PROMPT + 7, PROMPT + 8)],
-        *[[Part(2, case, PROMPT + 8 + n, PROMPT + 9 + n), Part(3, other, 40 + n, 41 + n)] for n in range(4)],
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def own_stream() -> None:
-    _take_over(DEVICE)
-
-
 PRECISIONS: list[tuple[Precision, FloatType, float]] = [
     ("fp32", "float32", 1e-3),
     ("fp16", "float16", 5e-2),
@@ -182,19 +153,10 @@ def test_steps_compute_what_the_reference_does(
     tiny: Tiny, precision: Precision, activations: FloatType, limit: float
 ) -> None:
     """In 16 bits random weights leave much to rounding, so that what the stand-in computes counts; fp32 is exact."""
-    on_device, stand_in = (Paged(tiny, precision, activations, device=device, block=64) for device in (DEVICE, CPU))
-    assert isinstance(stand_in.session, ReferenceSession)
-    errors = []
-    for parts in steps(tiny):
-        found, wanted = on_device.step(*parts), stand_in.step(*parts)
-        true = np.stack([part.case.logits[part.stop - 1] for part in parts])
-        errors.append((relative_error(found, wanted), relative_error(found, true), relative_error(wanted, true)))
-    pairs = ("device to stand-in", "device to transformers", "stand-in to transformers")
-    for number, pair in enumerate(pairs):
-        print(f"\n{precision} {pair}, step by step: {' '.join(f'{error[number]:.4f}' for error in errors)}")
-    assert all(error < limit for error, _, _ in errors)  # which none is that is no number
+    to_stand_in, to_transformers, _ = errors_of_steps(tiny, precision, activations)
+    assert all(error < limit for error in to_stand_in)  # which none is that is no number
     if precision == "fp32":
-        assert all(error < limit for _, error, _ in errors)
+        assert all(error < limit for error in to_transformers)
 
 
 @pytest.mark.usefixtures("own_stream")

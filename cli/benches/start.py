@@ -22,7 +22,6 @@ from engine.checkpoints import Checkpoint, float_inputs, open_artifact
 from engine.config import EngineConfig
 from engine.device import resolve, resolve_precision
 
-KERNELS = "kernels"  # of the storage folder: engine.runners.fusion.FOLDER, which imports torch
 COLUMNS = (("seconds", "seconds"), ("load s", "load_s"), ("answer s", "answer_s"), ("numerics", "numerics"))
 _START = """
 import json, sys, time
@@ -50,11 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> Report:
     """Each start in a process of its own. What earlier ones kept for this chip and model is removed from --storage."""
+    from engine.runners.fusion import FOLDER  # imports torch, which the list of benches does without
+
     with storage_folder(arguments) as storage:
         name = ensure_model(arguments.shape, "whole", storage)
         settings = {**settings_from(arguments), "storage": str(storage), "cache_enabled": "false"}
         converted = attempt("convert", lambda: _convert(name, settings, storage))
-        shutil.rmtree(storage / KERNELS, ignore_errors=True)
+        shutil.rmtree(storage / FOLDER, ignore_errors=True)
         rows = [attempt(f"{which} start", lambda: _start(name, settings)) for which in ("first", "next")]
     return Report([converted, *rows])
 

@@ -91,8 +91,8 @@ def open_sessions(
 
 
 def _pieces(artifact: Artifact, fusion: Fusion) -> tuple[int, ...]:
-    """Where it was measured what capturing them gains: products in 16 bits, and our own of int8 weights, for which the
-    host takes 13 ms in a 2B model, whatever the number of tokens.
+    """Where the host was measured to take longer than the device: products in 16 bits, and our own of int8 weights, for
+    which it takes 13 ms in a 2B model, whatever the number of tokens.
     """
     if fusion.linear:
         return OUR_SIZES

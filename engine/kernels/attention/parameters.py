@@ -96,12 +96,12 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
         return AttentionTile(tokens=128, warps=8, programs=1, merged=_merged(2048, kept))
     if 4 * units <= 3 * multiprocessors:
         return AttentionTile(tokens=16, warps=1, programs=12 if int8 else 8, merged=_merged(4096, kept))
-    if int8 and width >= 64 and units <= multiprocessors:
-        return AttentionTile(tokens=128, warps=8, least=128, programs=1, merged=_merged(8192, kept))
-    if 2 * units <= 3 * multiprocessors and not (int8 and width >= 64):
-        return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
     if int8 and width >= 64:
+        if units <= multiprocessors:
+            return AttentionTile(tokens=128, warps=8, least=128, programs=1, merged=_merged(8192, kept))
         return AttentionTile(tokens=64, warps=8, least=128, programs=3, merged=_merged(8192, kept))
+    if 2 * units <= 3 * multiprocessors:
+        return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
     return AttentionTile(tokens=64, least=128, programs=3, merged=_merged(16384, kept))
 
 

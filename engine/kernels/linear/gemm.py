@@ -247,6 +247,6 @@ def gemm(
             if PARTS == 2:
                 upper = _summed(parts + TILE, places, PARTS * TILE, SPLITS)
             _finish(
-            total, upper, row_scale, factor, scale, scales, bias, biases, residual, added, y,
-            columns, tokens, rows, WIDTH, PARTS, ACTIVATION,
-        )  # fmt: skip
+                total, upper, row_scale, factor, scale, scales, bias, biases, residual, added, y,
+                columns, tokens, rows, WIDTH, PARTS, ACTIVATION,
+            )  # fmt: skip

@@ -98,7 +98,7 @@ class PagedDecoder:
         self._last: _Replayed | None = None
         self._captured: dict[Bucket, tuple[Placement, Binding, torch.Tensor]] = {}
         self._packed_bindings: dict[GraphSession, Binding] = {}
-        self._takes_pieces = pieces
+        self._piece_sizes = pieces
         self._pieces: CapturedPieces | None = None  # once they are captured
         self._context_length = context_length
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
@@ -146,7 +146,7 @@ class PagedDecoder:
             return
         for bucket in self.buckets:
             self._replay(bucket, _stand_in(bucket, self.spec.rope.axes))
-        if self._takes_pieces and self.states is None and not self._cache_scales:
+        if self._piece_sizes and self.states is None and not self._cache_scales:
             self._pieces = self._captured_pieces()
             self._pieces.capture()
 
@@ -156,7 +156,7 @@ class PagedDecoder:
             self._session,
             lambda inputs, features: self._bind(self._session, inputs, features, 1, 2),
             self._buffer,
-            sizes=self._takes_pieces,
+            sizes=self._piece_sizes,
             axes=self.spec.rope.axes,
             block_size=self._block_size,
             step_tokens=self._step_tokens,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import activate
-from engine.kernels.linear.epilogue import load_columns
+from engine.kernels.linear.epilogue import ask_columns
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
 LANE = tl.constexpr(16)  # weights of one load: 16 bytes
@@ -74,18 +74,17 @@ def _stack(vectors: tl.tuple, COUNT: tl.constexpr) -> tl.tensor:
 def _finished(
     totals: tl.tuple,
     factor: tl.tensor,
-    scale: tl.tensor,
-    bias: tl.tensor,
-    columns: tl.tensor,
+    scales: tl.tuple,
+    biases: tl.tuple,
+    PART: tl.constexpr,
     COUNT: tl.constexpr,
     LENGTH: tl.constexpr,
-    WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """The sums of COUNT vectors [LENGTH], scaled: [COUNT], with one exchange between the threads for all of them."""
     value = tl.sum(tl.reshape(_stack(totals, COUNT), [LENGTH, COUNT]), 0)
-    value *= factor * load_columns(scale, columns, WIDTH)
-    if bias is not None:
-        value += load_columns(bias, columns, WIDTH)
+    value *= factor * scales[PART]
+    if len(biases) > 0:
+        value += biases[PART]
     return value
 
 
@@ -181,6 +180,8 @@ def gemv(
     if NORM == "layer":
         wait_for_last(EARLY)  # the moments are of the row
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    scales = ask_columns(scale, columns, WIDTH, 2 if GATE else 1)
+    biases = ask_columns(bias, columns, WIDTH, 2 if GATE else 1)
     lines, places, moments, squares, totals = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     for line in tl.static_range(LINES):
         column = tl.minimum(tl.program_id(0) * OUTPUTS + line % OUTPUTS, WIDTH - 1)
@@ -210,11 +211,9 @@ def gemv(
     for row in tl.static_range(ROWS):
         factor = _inverse_root(tl.sum(squares[row], 0) / K + EPSILON) if NORM == "rms" else 1.0
         mine = totals[row * LINES : (row + 1) * LINES]
-        value = _finished(mine[:OUTPUTS], factor, scale, bias, columns, OUTPUTS, LENGTH, WIDTH)
-        value = activate(value, ACTIVATION)
+        value = activate(_finished(mine[:OUTPUTS], factor, scales, biases, 0, OUTPUTS, LENGTH), ACTIVATION)
         if GATE:
-            ups = None if bias is None else bias + WIDTH
-            value *= _finished(mine[OUTPUTS:], factor, scale + WIDTH, ups, columns, OUTPUTS, LENGTH, WIDTH)
+            value *= _finished(mine[OUTPUTS:], factor, scales, biases, 1, OUTPUTS, LENGTH)
         place = tl.minimum(row, rows - 1).to(tl.int64) * WIDTH + columns
         inside = (columns < WIDTH) & (row < rows)
         if residual is not None:

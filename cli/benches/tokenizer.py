@@ -21,7 +21,7 @@ def tokenizer_file(vocabulary: int, special: Mapping[str, int]) -> dict[str, Any
     entries |= {f"Ġ{_word(number)}": number for number in numbers}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [{"id": number, "content": text, "special": True} | flags for text, number in special.items()]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     return {
         "version": "1.0",
         "truncation": None,

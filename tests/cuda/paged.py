@@ -82,6 +82,7 @@ class Paged:
                 decode_graph, on_device.upload(decode_graph.weights), artifact.folder
             )
         self._cpu_provider, self._folder, self._device, self._block = cpu_provider, artifact.folder, device, block
+        self._waits = not paged
         self.session = self._open(graph, on_device)
         self.dtype = torch_type(activations)
         self.slot_tokens = torch.zeros(SLOTS + 1, dtype=torch.int32, device=device)
@@ -113,7 +114,7 @@ class Paged:
     def _open(self, graph: CudaGraph, on_device: DeviceWeights) -> GraphSession:
         weights = on_device.upload(graph.weights)
         if self._device.type == "cuda":
-            return CudaSession(graph, weights, self._folder, self._device)
+            return CudaSession(graph, weights, self._folder, self._device, waits=self._waits)
         if self._cpu_provider:
             return CpuProviderSession(graph, weights, self._folder)
         return ReferenceSession(graph.model, weights)

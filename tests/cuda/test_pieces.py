@@ -58,14 +58,15 @@ def piece(tokens: int, past: int = 0) -> PackedStep:
         (SIZES, 256, None),
         (OUR_SIZES, 256, 528),
         (OUR_SIZES, 1024, 1040),
-        (OUR_SIZES, 1040, None),
+        (OUR_SIZES, 1040, 2056),
+        (OUR_SIZES, 2056, None),
         ((), 5, None),
     ],
 )
 def test_a_piece_takes_the_smallest_graph_that_leaves_a_token_to_fill(
     sizes: tuple[int, ...], tokens: int, wanted: int | None
 ) -> None:
-    pieces, session = opened(sizes)
+    pieces, session = opened(sizes, step_tokens=2100)
     assert pieces.takes(piece(tokens)) == (wanted is not None)
     if wanted is not None:
         pieces.run(piece(tokens))

@@ -15,7 +15,7 @@ from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.step import Int32, PackedStep, Placement, StepBuffer
 
 SIZES = (64, 128, 256)  # tokens of a piece, less one; a device is as long about fewer, and about more as the host
-OUR_SIZES = (*SIZES, 528, 1040)  # of operators of ours, which take the host longer, and the device less time
+OUR_SIZES = (*SIZES, 528, 1040, 2056)  # of operators of ours, which take the host longer, and the device less time
 LONGEST = 4096  # tokens of a prompt; longer ones are rarely the only work
 
 Bind = Callable[[dict[str, torch.Tensor], torch.Tensor], Binding]

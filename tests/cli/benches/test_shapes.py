@@ -91,6 +91,13 @@ def test_every_number_of_the_vocabulary_is_a_text_of_its_own() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "Ünïcode <|start|>?"
 
 
+def test_a_text_is_cut_into_words_as_a_real_tokenizer_cuts_it() -> None:
+    """The library remembers 10,000 words. Were whole prompts words, what it remembers would grow for minutes."""
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_file(1000, {})))
+    words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a page of text, no word")]
+    assert words == ["a", "Ġpage", "Ġof", "Ġtext", ",", "Ġno", "Ġword"]
+
+
 def _tiny(shape: str, part: Part) -> dict[str, Any]:
     config = shape_config(shape, part)
     text = config.get("text_config", config)

@@ -6,7 +6,7 @@ import argparse
 import statistics
 from functools import partial
 
-from cli.benches import limits, options
+from cli.benches import limits, options, profile
 from cli.benches.in_process import Bench, finish, open_bench, storage_folder, submit
 from cli.benches.report import Report, Row, attempt
 from cli.measured import distribution
@@ -14,6 +14,7 @@ from engine.request import SamplingParams
 from engine.stats import StepRecord
 
 WARM_UP = 2  # rounds of their own prompts
+TRACED = 4  # rounds
 COLUMNS = (
     ("steps", "steps"),
     ("p50 ms", "prefill_ms.median"),
@@ -23,6 +24,7 @@ COLUMNS = (
     ("TFLOP/s", "tflop_per_s"),
     ("limit ms", "limit_ms"),
     ("share", "share"),
+    ("kernels/wall", "profile.kernel_share"),
 )
 
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_engine(parser)
     options.add_steps(parser)
     parser.add_argument("--rounds", type=int, default=8, help="measurements per row (default: 8)")
+    parser.add_argument("--profile", action="store_true", help="trace kernels (CUDA) after each row's timed rounds")
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -51,6 +54,9 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def _measure(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batch: int, tokens: int) -> Row:
     rounds = [_round(bench, batch, tokens) for _ in range(WARM_UP + arguments.rounds)][WARM_UP:]
+    traced = {}
+    if arguments.profile:
+        traced["profile"] = profile.trace_work(lambda: [_round(bench, batch, tokens) for _ in range(TRACED)])
     times = [records[-1].finished_s - records[0].started_s for records in rounds]
     steps = [record.finished_s - record.started_s for records in rounds for record in records]
     median = statistics.median(times)
@@ -64,6 +70,7 @@ def _measure(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, b
         "tokens_per_s": round(batch * tokens / median),
         "tflop_per_s": round(cost.operations / median / 1e12, 3),
         **cost.against(rates, median),
+        **traced,
     }
 
 

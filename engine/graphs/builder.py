@@ -142,5 +142,8 @@ class GraphBuilder:
             opset_imports={"": OPSET, MICROSOFT: 1} | own,
             name="model",
         )
+        for node in reversed(nodes):  # what nobody reads
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                graph.remove(node, safe=True)
         model: bytes = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()
         return model

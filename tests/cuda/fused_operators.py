@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.graphs.builder import TESSERA
 from tests.cuda.attention import _mrotary
@@ -44,19 +47,41 @@ def _linear(
 ) -> Tensor:
     """Activations are quantised however few rows there are, unless the path is float."""
     asked = json.loads(parameters)
-    assert (asked["norm"] == "rms") == (norm_weight is not None)
-    assert norm_bias is None
-    rows = x if norm_weight is None else _norm(x, norm_weight, asked["epsilon"])
+    rows = _normed(x, norm_weight, norm_bias, asked["norm"], asked["epsilon"])
     rows = wide(rows)
     if asked["path"] != "float":
         steps = rows.abs().amax(-1, keepdim=True) / 127
         rows = torch.where(steps > 0, torch.round(rows / steps), 0) * steps
     y = rows @ (weight.float() * scale[:, None]).T
     y = y if bias is None else y + wide(bias)
-    if asked["activation"] == "silu_gate":
-        gate, up = y.chunk(2, -1)
-        y = torch.nn.functional.silu(gate) * up
+    y = _ACTIVATIONS[asked["activation"]](y)
     return (y if residual is None else y + wide(residual)).to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, epsilon: float) -> Tensor:
+    assert (norm == "none") == (weight is None)
+    if weight is None:
+        assert bias is None
+        return x
+    if norm == "rms":
+        assert bias is None
+        return _norm(x, weight, epsilon)
+    shift = None if bias is None else wide(bias)
+    return functional.layer_norm(wide(x), (x.shape[-1],), wide(weight), shift, epsilon).to(x.dtype)
+
+
+def _gated(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "silu_gate": _gated,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+}
 
 
 @operator("PagedDecode", TESSERA)

@@ -24,17 +24,20 @@ from engine.graphs.cuda.weights import CudaBuilder
 from engine.graphs.dialect import Residual
 from engine.spec import DecoderSpec
 
-Norm = Literal["none", "rms"]
 Activation = Literal["none", "silu_gate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """Which operators are ours. `float_inputs` are the linear layers whose activations are not quantised."""
+    """Which operators are ours: a decoder's linear layers and attention, a vision tower's linear layers.
+
+    `float_inputs` are the linear layers, of both, whose activations are not quantised.
+    """
 
     linear: bool
     attention: bool
     float_inputs: frozenset[str] = frozenset()
+    tower: bool = False
 
 
 STOCK = Fusion(linear=False, attention=False)
@@ -65,8 +68,8 @@ class FusedLayers:
         ids = builder.input(StepInputs.IDS, np.int32, ["T"])
         slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
         self._features = features = Features(builder, self._spec)
-        inputs = (ids, slot_tokens, *self._weight("embedding"), features.index, features.part(0))
-        return _node(builder, "TokenEmbedding", *inputs, parameters={})
+        inputs = (ids, slot_tokens, *stored(builder, "embedding"), features.index, features.part(0))
+        return own_node(builder, "TokenEmbedding", *inputs, parameters={})
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linear(x.value, name, norm=norm)
@@ -103,12 +106,7 @@ class FusedLayers:
             "activation": activation,
             "path": "float" if name in self._float_inputs else "auto",
         }
-        return _node(builder, "Linear", x, *self._weight(name), bias, gain, None, residual, parameters=parameters)
-
-    def _weight(self, name: str) -> tuple[ir.Value, ir.Value]:
-        """int8 [out, in] and float32 [out]."""
-        weight, scale = (self._builder.device_weight(f"{name}.{part}", form="stored") for part in ("weight", "scale"))
-        return weight, scale
+        return own_node(builder, "Linear", x, *stored(builder, name), bias, gain, None, residual, parameters=parameters)
 
 
 class FusedDecodeAttention:
@@ -134,7 +132,7 @@ class FusedDecodeAttention:
             "mrope_section": list(rope.mrope_section) if rope.axes == 3 else [],
             "mrope_interleaved": rope.mrope_interleaved,
         }
-        return _node(
+        return own_node(
             self._builder,
             "PagedDecode",
             *(qkv, *(self._caches.input(part, layer) for part in PARTS)),
@@ -148,7 +146,14 @@ class FusedDecodeAttention:
         """Nothing: the operator writes into its inputs' memory, which nobody else in the graph reads."""
 
 
-def _node(builder: CudaBuilder, kind: str, *inputs: ir.Value | None, parameters: dict[str, Any]) -> ir.Value:
+def stored(builder: CudaBuilder, name: str) -> tuple[ir.Value, ir.Value]:
+    """A layer's weight int8 [out, in] and scale float32 [out]."""
+    weight, scale = (builder.device_weight(f"{name}.{part}", form="stored") for part in ("weight", "scale"))
+    return weight, scale
+
+
+def own_node(builder: CudaBuilder, kind: str, *inputs: ir.Value | None, parameters: dict[str, Any]) -> ir.Value:
+    """A node of an operator of ours; `parameters` is what the operator's `open` gets."""
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]
     return builder.op(kind, *inputs, domain=TESSERA, parameters=json.dumps(parameters))

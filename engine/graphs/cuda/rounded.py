@@ -55,17 +55,22 @@ class RoundedLayers(FusedLayers):
         if norm is not None:
             gain = builder.device_weight(f"{norm}.weight")
             x = builder.op("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=self._spec.norm_eps)
-        chosen = builder.op("Gather", self._rounded, builder.constant([self._places[name]], np.int64), axis=0)
-        chosen = builder.op("Cast", chosen, to=int(ir.DataType.BOOL))
-        x = builder.op("Where", chosen, self._through_int8(x), x)
+        x = rounded_where(builder, self._rounded, self._places[name], x)
         return super()._linear(x, name, activation=activation, residual=residual)
 
-    def _through_int8(self, x: ir.Value) -> ir.Value:
-        """Per token, symmetric, as the kernels quantise: round(127 * x / max|x|), half to even."""
-        builder = self._builder
-        wide = builder.op("Cast", x, to=int(ir.DataType.FLOAT))
-        largest = builder.op("ReduceMax", builder.op("Abs", wide), builder.constant([-1], np.int64), keepdims=1)
-        step = builder.op("Mul", largest, builder.constant(1 / 127, np.float32))
-        step = builder.op("Max", step, builder.constant(_LEAST, np.float32))
-        values = builder.op("Round", builder.op("Div", wide, step))
-        return builder.op("Cast", builder.op("Mul", values, step), to=builder.onnx_type)
+
+def rounded_where(builder: CudaBuilder, flags: ir.Value, place: int, x: ir.Value) -> ir.Value:
+    """x, or where the flag at that place is not 0, x rounded to int8 and back."""
+    chosen = builder.op("Gather", flags, builder.constant([place], np.int64), axis=0)
+    chosen = builder.op("Cast", chosen, to=int(ir.DataType.BOOL))
+    return builder.op("Where", chosen, _through_int8(builder, x), x)
+
+
+def _through_int8(builder: CudaBuilder, x: ir.Value) -> ir.Value:
+    """Per token, symmetric, as the kernels quantise: round(127 * x / max|x|), half to even."""
+    wide = builder.op("Cast", x, to=int(ir.DataType.FLOAT))
+    largest = builder.op("ReduceMax", builder.op("Abs", wide), builder.constant([-1], np.int64), keepdims=1)
+    step = builder.op("Mul", largest, builder.constant(1 / 127, np.float32))
+    step = builder.op("Max", step, builder.constant(_LEAST, np.float32))
+    values = builder.op("Round", builder.op("Div", wide, step))
+    return builder.op("Cast", builder.op("Mul", values, step), to=builder.onnx_type)

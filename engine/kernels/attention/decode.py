@@ -12,11 +12,11 @@ which takes two loads that wait for each other. A program whose split lies behin
 a captured grid serves every length. The program of the last split takes the new token's key and value from where they
 were made: its state begins with them, and memory that one program writes is read by none of the same launch.
 
-Merge. Each split leaves its sums in scratch memory and takes a ticket of its sequence and head; who takes the last
+Merge. Each split leaves its means in scratch memory and takes a ticket of its sequence and head; who takes the last
 one reads all of them, in the order of splits, so that the result is the same whoever was last. A second kernel would
 be as deterministic and costs its own start, 1 to 2 us in a captured graph, for every layer; the ticket costs one
 atomic operation and the trip to L2 that the second kernel makes as well. The ticket's acquire and release order the
-sums of one program before the reads of another (CUDA's memory model: a barrier and an atomic operation of one thread
+means of one program before the reads of another (CUDA's memory model: a barrier and an atomic operation of one thread
 order what all threads of a block did), and the last program sets the ticket back for the next launch. Launches that
 share tickets must follow one another, as those of one stream do.
 
@@ -32,7 +32,7 @@ import triton.language as tl
 from triton import knobs
 
 from engine.kernels.attention.heads import angles, to_int8, to_whole, turned
-from engine.kernels.attention.merge import leave, merged
+from engine.kernels.attention.merge import leave, merged, merged_channels, merged_rows
 from engine.kernels.attention.parameters import ROWS as _ROWS
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
@@ -113,6 +113,17 @@ def _bytes(words: tl.tensor) -> tl.tensor:
     return tl.reshape(each, (words.shape[0], 4 * words.shape[1]))
 
 
+@triton.jit
+def _repeated(x: tl.tensor) -> tl.tensor:
+    """x [R] or [R, C] over and over, ROWS rows in all; R is a power of 2."""
+    times: tl.constexpr = ROWS // x.shape[0]
+    if len(x.shape) == 1:
+        all_rows = tl.reshape(tl.broadcast_to(x[None, :], (times, x.shape[0])), (ROWS,))
+    else:
+        all_rows = tl.reshape(tl.broadcast_to(x[None, :, :], (times, x.shape[0], x.shape[1])), (ROWS, x.shape[1]))
+    return all_rows
+
+
 @triton.jit(
     do_not_specialize=["columns", "tokens"], do_not_specialize_on_alignment=["past", "block_table", "positions"]
 )
@@ -147,13 +158,14 @@ def decode_attention(
     KEPT: tl.constexpr,
     MERGED: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
     EARLY: tl.constexpr = False,
 ) -> None:
     """Program (head tile, split, sequence); grid [KV_HEADS * tiles, splits, B], shapes as PagedDecodeAttention's.
 
     block_table has `columns` columns, a split `tokens` tokens, a multiple of TILE, which divides PAGE. int8 caches come
     with scales, others with None. DOT is the type that is multiplied. scratch and tickets int32 [B, head tiles] are
-    used if SPLIT. CHANNELS is HEAD_DIM's next power of 2.
+    used if SPLIT. CHANNELS is HEAD_DIM's next power of 2, WIDE the channels of a thread that merges.
     """
     CACHE: tl.constexpr = key_cache.dtype.element_ty
     TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
@@ -169,9 +181,9 @@ def decode_attention(
     values = _read(value_cache, block, start, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
 
     channel = tl.arange(0, CHANNELS)[None, :]
-    each = tl.broadcast_to(channel, (ROWS, CHANNELS))  # read so, all that is computed lies where queries do
+    each = tl.broadcast_to(channel, (KEPT, CHANNELS))  # read so, all that is computed lies where queries do
     count = tl.minimum(GROUP - first_row, ROWS)
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, KEPT)  # no more are made ready: with few heads to a key head that is most of a program
     inside = (rows[:, None] < count) & (channel < HEAD_DIM)
     cos, sin = angles(cosine, sine, positions, row, tl.num_programs(2), held, inside, HEAD_DIM, SECTION, INTERLEAVED)
     wait_for_last(EARLY)
@@ -179,7 +191,7 @@ def decode_attention(
     packed = qkv + row.to(tl.int64) * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
     heads = packed + (head * GROUP + first_row + rows[:, None]) * HEAD_DIM
     query = turned(heads, inside, query_norm, cos, sin, HEAD_DIM, EPSILON)
-    scale = tl.full([ROWS], LOG2_E / HEAD_DIM**0.5, tl.float32)
+    scale = tl.full([KEPT], LOG2_E / HEAD_DIM**0.5, tl.float32)
     if key_scale is not None:  # folded into queries, which then need a range of their own in 16 bits
         key_step = tl.load(key_scale + head * HEAD_DIM + each, mask=inside, other=1.0)
         wide = query.to(tl.float32) * key_step
@@ -192,10 +204,11 @@ def decode_attention(
         query *= 127.0
         scale *= 1.0 / 127.0
         coarse = to_whole(query)
-        fine = (to_whole((query - coarse) * FINE)).to(tl.int8)
-        coarse = coarse.to(tl.int8)
+        fine = _repeated(to_whole((query - coarse) * FINE).to(tl.int8))
+        coarse = _repeated(coarse.to(tl.int8))
     else:
         query = query.to(DOT)
+        queries = _repeated(query)
 
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     masses = tl.zeros([ROWS, TILE], tl.float32)
@@ -212,9 +225,10 @@ def decode_attention(
         once = inside & (first_row + rows[:, None] == 0)
         tl.store(key_cache + entry, key.to(CACHE), mask=once)
         tl.store(value_cache + entry, value.to(CACHE), mask=once)
-        peak = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+        peak = _repeated(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale)
         masses += tl.where(tl.arange(0, TILE) == 0, 1.0, 0.0)[None, :]
-        total = value.to(tl.float32)
+        total = _repeated(value.to(tl.float32))
+    scale = _repeated(scale)
 
     first, end = start, tl.minimum(start + tokens, held)
     while first < end:
@@ -223,7 +237,7 @@ def decode_attention(
             scores = tl.dot(fine, turned_keys, out_dtype=tl.int32).to(tl.float32) * (1.0 / FINE)
             scores += tl.dot(coarse, turned_keys, out_dtype=tl.int32).to(tl.float32)
         else:
-            scores = tl.dot(query, tl.trans(_channels(keys, CACHE).to(DOT)))
+            scores = tl.dot(queries, tl.trans(_channels(keys, CACHE).to(DOT)))
         scores *= scale[:, None]
         scores = tl.where((first + tl.arange(0, TILE) < end)[None, :], scores, -float("inf"))
         first += TILE
@@ -249,25 +263,27 @@ def decode_attention(
         taken = tl.atomic_add(tickets + ticket, 1, sem="acq_rel", scope="gpu")
         if taken == splits - 1:
             tl.store(tickets + ticket, 0)
-            mean = merged(scratch, units, unit, splits, count, KEPT, HEAD_DIM, MERGED, CHANNELS)
-            _write(target, mean, value_scale, head, count, HEAD_DIM)
+            mean = merged(scratch, units, unit, splits, KEPT, HEAD_DIM, MERGED, CHANNELS, WIDE)
+            of_row, of_channel = merged_rows(KEPT, CHANNELS, WIDE), merged_channels(KEPT, CHANNELS, WIDE)
+            _write(target, mean, of_row, of_channel, value_scale, head, count, HEAD_DIM)
     else:
-        _write(target, total / mass[:, None], value_scale, head, count, HEAD_DIM)
+        each_row = tl.arange(0, ROWS)[:, None]
+        _write(target, total / mass[:, None], each_row, channel, value_scale, head, count, HEAD_DIM)
 
 
 @triton.jit
 def _write(
     target: tl.tensor,
     mean: tl.tensor,
+    row: tl.tensor,
+    channel: tl.tensor,
     value_scale: tl.tensor,
     head: tl.tensor,
     count: tl.tensor,
     HEAD_DIM: tl.constexpr,
 ) -> None:
-    """The first `count` rows of mean [R, D] to the heads from target on."""
-    rows = tl.arange(0, mean.shape[0])[:, None]
-    channel = tl.arange(0, mean.shape[1])[None, :]
+    """What of mean lies in the first `count` rows, to the heads from target on."""
     if value_scale is not None:
         mean *= tl.load(value_scale + head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)
-    places = target + rows * HEAD_DIM + channel
-    tl.store(places, mean.to(target.dtype.element_ty), mask=(rows < count) & (channel < HEAD_DIM))
+    places = target + row * HEAD_DIM + channel
+    tl.store(places, mean.to(target.dtype.element_ty), mask=(row < count) & (channel < HEAD_DIM))

@@ -108,7 +108,7 @@ class PagedDecodeAttention:
         """Values in float32: see `leave`."""
         parameters = self.parameters
         units = batch * parameters.kv_heads * parameters.head_tiles * split.count
-        return units * parameters.kept_rows * (parameters.head_dim + 2)
+        return units * parameters.kept_rows * (parameters.head_dim + 1)
 
     def _check(
         self,
@@ -161,6 +161,7 @@ def constants(
     dot = tl.bfloat16 if dtype == torch.bfloat16 and cache != torch.int8 else tl.float16
     if knobs.runtime.interpret and dot == tl.bfloat16:
         dot = tl.float32  # the interpreter multiplies bfloat16 as if it were whole numbers
+    width = power_of_2(parameters.head_dim)
     return {
         "GROUP": parameters.group,
         "KV_HEADS": parameters.kv_heads,
@@ -174,5 +175,6 @@ def constants(
         "SPLIT": split,
         "KEPT": parameters.kept_rows,
         "MERGED": tile.merged,
-        "CHANNELS": power_of_2(parameters.head_dim),
+        "CHANNELS": width,
+        "WIDE": max(1, min(4, parameters.kept_rows * width // (32 * tile.warps))),
     }

@@ -1,4 +1,4 @@
-"""Putting a sequence's splits together: each has a maximum, a mass and a sum of values for each head."""
+"""Putting a sequence's splits together: each has a mean of values for each head, and how much that mean weighs."""
 
 # mypy: disallow-untyped-decorators=False
 
@@ -21,16 +21,28 @@ def leave(
     KEPT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ) -> None:
-    """Write a split's peaks (log2), masses [R] and sums [R, D] of its first `count` rows to its place in scratch.
+    """Write a split's means total / mass [R, D] and levels (log2 of its mass, peak included) [R] of its first `count`
+    rows to its place in scratch.
 
-    scratch float32: sums [units, KEPT, HEAD_DIM], then peaks and masses [units, 2, KEPT].
+    scratch float32: means [units, KEPT, HEAD_DIM], then levels [units, KEPT].
     """
     rows = tl.arange(0, total.shape[0])
-    sums = scratch + (unit * KEPT + rows[:, None]) * HEAD_DIM + channel
-    tl.store(sums, total, mask=(rows[:, None] < count) & (channel < HEAD_DIM), cache_modifier=".cg")
-    pairs = scratch + units * (KEPT * HEAD_DIM) + unit * (2 * KEPT) + rows
-    tl.store(pairs, peak, mask=rows < count, cache_modifier=".cg")
-    tl.store(pairs + KEPT, mass, mask=rows < count, cache_modifier=".cg")
+    means = scratch + (unit * KEPT + rows[:, None]) * HEAD_DIM + channel
+    tl.store(means, total / mass[:, None], (rows[:, None] < count) & (channel < HEAD_DIM), cache_modifier=".cg")
+    levels = scratch + units * (KEPT * HEAD_DIM) + unit * KEPT + rows
+    tl.store(levels, peak + tl.log2(mass), mask=rows < count, cache_modifier=".cg")
+
+
+@triton.jit
+def merged_rows(KEPT: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """Of each value that `merged` returns, its row: [KEPT * CHANNELS / WIDE, 1]."""
+    return (tl.arange(0, KEPT * CHANNELS // WIDE) * WIDE // CHANNELS)[:, None]
+
+
+@triton.jit
+def merged_channels(KEPT: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """Of each value that `merged` returns, its channel: [KEPT * CHANNELS / WIDE, WIDE]."""
+    return (tl.arange(0, KEPT * CHANNELS // WIDE) * WIDE % CHANNELS)[:, None] + tl.arange(0, WIDE)[None, :]
 
 
 @triton.jit
@@ -39,34 +51,40 @@ def merged(
     units: tl.tensor,
     first: tl.tensor,
     splits: tl.tensor,
-    count: tl.tensor,
     KEPT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MERGED: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> tl.tensor:
-    """The mean [KEPT, CHANNELS] of `splits` splits that were left from unit `first` on, MERGED at a time, in order."""
-    rows = tl.arange(0, KEPT)
-    channel = tl.arange(0, CHANNELS)
-    inside = (rows[:, None] < count) & (channel[None, :] < HEAD_DIM)
-    peak = tl.full([KEPT], -float("inf"), tl.float32)
-    mass = tl.zeros([KEPT], tl.float32)
-    total = tl.zeros([KEPT, CHANNELS], tl.float32)
+    """The mean [KEPT * CHANNELS / WIDE, WIDE] of `splits` splits that were left from unit `first` on, in order;
+    rows and channels that were not left come out as anything.
+
+    MERGED of them are asked for at once. A thread has the same WIDE channels of all of them and reads for itself how
+    much they weigh: nothing moves between threads, who would have to wait for each other. That holds if there is a
+    thread at most for each WIDE channels.
+    """
+    row, channel = merged_rows(KEPT, CHANNELS, WIDE), merged_channels(KEPT, CHANNELS, WIDE)
+    inside = None if HEAD_DIM == CHANNELS else channel < HEAD_DIM
+    level = tl.full(row.shape, -float("inf"), tl.float32)
+    mass = tl.zeros(row.shape, tl.float32)
+    total = tl.zeros(channel.shape, tl.float32)
     start = splits * 0
     while start < splits:
-        split = start + tl.arange(0, MERGED)
-        unit = first + split
-        here = (split[:, None] < splits) & (rows[None, :] < count)
-        pairs = scratch + units * (KEPT * HEAD_DIM) + unit[:, None] * (2 * KEPT) + rows[None, :]
-        peaks = tl.load(pairs, mask=here, other=-float("inf"), cache_modifier=".cg")
-        masses = tl.load(pairs + KEPT, mask=here, other=0.0, cache_modifier=".cg")
-        sums = scratch + (unit[:, None, None] * KEPT + rows[None, :, None]) * HEAD_DIM + channel[None, None, :]
-        parts = tl.load(sums, mask=here[:, :, None] & inside[None, :, :], other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(peak, tl.max(peaks, 0))
-        higher = tl.where(rows < count, higher, 0.0)
-        weights = tl.exp2(peaks - higher[None, :])
-        older = tl.exp2(peak - higher)
-        mass = mass * older + tl.sum(masses * weights, 0)
-        total = total * older[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        start, peak = start + MERGED, higher
-    return total / tl.where(rows < count, mass, 1.0)[:, None]
+        levels, means = tl.tuple(()), tl.tuple(())
+        for number in tl.static_range(MERGED):  # the last one instead of none, weighing nothing: cheaper than zeros
+            unit = first + tl.minimum(start + number, splits - 1)
+            levels += (tl.load(scratch + units * (KEPT * HEAD_DIM) + unit * KEPT + row, cache_modifier=".cg"),)
+            place = scratch + unit * (KEPT * HEAD_DIM) + row * HEAD_DIM + channel
+            means += (tl.load(place, mask=inside, cache_modifier=".cg"),)
+        higher = level
+        for number in tl.static_range(MERGED):
+            higher = tl.maximum(higher, levels[number])
+        older = tl.exp2(level - higher)
+        mass, total = mass * older, total * older
+        for number in tl.static_range(MERGED):
+            weight = tl.where(start + number < splits, tl.exp2(levels[number] - higher), 0.0)
+            mass += weight
+            total += means[number] * weight
+        start, level = start + MERGED, higher
+    return total / mass

@@ -166,13 +166,11 @@ class StepLoop:
 
     def _finish(self, replica: Replica, step: UnderWay, turn_s: float) -> None:
         """Read a step's tokens, and give them to their sequences and streams."""
-        waiting_s = time.perf_counter()
         try:
             tokens = step.result.tokens()
         except Exception as error:  # noqa: BLE001
             self._give_up(replica, step.plan, error)
             return
-        waiting_s = time.perf_counter() - waiting_s
         chosen = [
             self._commit(replica, sequence, token)
             for sequence, token in zip(step.result.sequences, tokens, strict=True)
@@ -180,7 +178,7 @@ class StepLoop:
         ]
         self._delivery.tokens([one for one in chosen if one is not None])
         if self._on_step is not None:
-            self._on_step(_record(replica, step, len(tokens), turn_s, waiting_s))
+            self._on_step(_record(replica, step, len(tokens), turn_s))
 
     def _commit(self, replica: Replica, sequence: Sequence, token: int) -> ChosenToken | None:
         sequence.pending -= 1
@@ -293,14 +291,14 @@ def _keep(on_features: OnFeatures, numerics: str, key: bytes, copy: Callable[[],
     on_features(numerics, key, copy())
 
 
-def _record(replica: Replica, step: UnderWay, tokens: int, turn_s: float, waiting_s: float) -> StepRecord:
+def _record(replica: Replica, step: UnderWay, tokens: int, turn_s: float) -> StepRecord:
     finished_s = time.perf_counter()
     plan = step.plan
     return StepRecord(
         model=replica.name,
         started_s=step.started_s,
         finished_s=finished_s,
-        host_s=finished_s - turn_s - waiting_s,
+        host_s=finished_s - turn_s - step.result.waited_s,
         decode_rows=len(plan.decode),
         context_tokens=sum([sequence.computed for sequence in plan.decode]),
         prefill_tokens=sum([chunk.stop - chunk.start for chunk in plan.prefill]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,9 +59,13 @@ class LaunchedStep:
     def __init__(self, sequences: list[Sequence], tokens: Turn[list[int]]) -> None:
         self.sequences = sequences
         self._tokens = tokens
+        self.waited_s = 0.0
 
     def tokens(self) -> list[int]:
-        return self._tokens.result()
+        waiting_s = time.perf_counter()
+        tokens = self._tokens.result()
+        self.waited_s = time.perf_counter() - waiting_s
+        return tokens
 
 
 class CpuRunner:

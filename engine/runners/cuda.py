@@ -6,6 +6,7 @@ and works while the device does (as vLLM's asynchronous scheduling does, vllm/v1
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ from engine.runtime.cuda.failures import DeviceFailures
 from engine.runtime.cuda.step import Int32, PackedStep
 from engine.sampling import NO_TOKEN, masks
 from engine.sampling.device import DeviceSampler
+from engine.sampling.grammar import Matcher
 from engine.scheduling.paged import PagedKVCache
 from engine.scheduling.scheduler import PrefillChunk, StepPlan
 from engine.scheduling.sequence import Sequence
@@ -71,7 +73,9 @@ class CudaRunner:
         self._inputs: PackedStep
         self._further = 0  # tokens that the sequences have beyond these
         self._sampled: list[Sequence] = []
-        self._constrained: list[int] = []  # rows
+        self._constrained: list[int] = []  # places of those of them that have a grammar
+        self._matchers: list[Matcher] = []
+        self._masked: torch.Tensor  # their rows of logits, on the device
 
     def launch(self, plan: StepPlan) -> PendingStep:
         with self._failures:
@@ -93,7 +97,7 @@ class CudaRunner:
         """A step that is not the last one again."""
         arranged = self._arranged(plan)
         self._plan, self._inputs, self._further, self._sampled = plan, self._step(arranged), 0, arranged.sampled
-        self._constrained = [row for row, one in enumerate(self._sampled) if one.sampler.grammar is not None]
+        self._find_constrained()
         result = self.decoder.run(self._inputs)
         for chunk in plan.prefill:  # while the device computes
             if chunk.gives_token:
@@ -132,6 +136,13 @@ class CudaRunner:
             if not (sequence.is_prefilling or sequence.is_decoding):
                 self.decoder.states.release(_row(sequence))
 
+    def _find_constrained(self) -> None:
+        grammars = [sequence.sampler.grammar for sequence in self._sampled]
+        self._matchers = [one for one in grammars if one is not None]
+        self._constrained = [place for place, one in enumerate(grammars) if one is not None]
+        if self._constrained:
+            self._masked = self._sampler.rows(self._constrained)
+
     def _constrain(self, logits: torch.Tensor) -> None:
         """Mask rows of logits by grammars, which must first know the tokens of the step before.
 
@@ -139,11 +150,9 @@ class CudaRunner:
         """
         if self._last is not None:
             self._last.tokens()
-        found = (self._sampled[row].sampler.grammar for row in self._constrained)
-        matchers = [one for one in found if one is not None]
-        memory = self._sampler.mask_memory(len(matchers), matchers[0].vocabulary.words)
-        masks(matchers, memory.numpy())
-        self._sampler.constrain(logits, self._constrained, memory)
+        memory = self._sampler.mask_memory(len(self._matchers), self._matchers[0].vocabulary.words)
+        masks(self._matchers, memory.numpy())
+        self._sampler.constrain(logits, self._masked, memory)
 
     def _step(self, plan: StepPlan) -> PackedStep:
         axes = self._spec.decoder.rope.axes
@@ -275,12 +284,15 @@ class PendingStep:
         self._failures = failures
         self._constrained = constrained
         self._tokens: list[int] | None = None
+        self.waited_s = 0.0
 
     def tokens(self) -> list[int]:
         """The first call also moves the grammars of the `constrained` places on."""
         if self._tokens is None:
+            waiting_s = time.perf_counter()
             with self._failures:
                 self._tokens = self._copy.wait()
+            self.waited_s = time.perf_counter() - waiting_s
             for place in self._constrained:
                 grammar, token = self.sequences[place].sampler.grammar, self._tokens[place]
                 if grammar is not None and token != NO_TOKEN:

@@ -28,6 +28,11 @@ class StepResult(Protocol):
         """One for each of `sequences`, NO_TOKEN for one whose logits are not numbers. Waits for the device."""
         ...
 
+    @property
+    def waited_s(self) -> float:
+        """How long `tokens` did, whoever asked first: a later step's launch may need to know them."""
+        ...
+
 
 class Runner(Protocol):
     """Used by the step loop's thread only.

@@ -33,6 +33,10 @@ class Sampling(Protocol):
         """Tokens int32 [R], also written to tokens[slots]; steps in table and counts move on."""
         ...
 
+    def forbid(self, logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+        """As `DeviceSampler.constrain`, with masks int32 [n, words] on the device."""
+        ...
+
 
 class DeviceSampler:
     """Samples for `slots` sequences at a time over a vocabulary of `vocab` tokens.
@@ -62,7 +66,6 @@ class DeviceSampler:
         self.slot_tokens = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self._table = torch.zeros((slots + 1, FIRST_FORBIDDEN + 4), dtype=torch.int32, device=device)
         self._counts = torch.zeros((1, 1), dtype=torch.int16, device=device)
-        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
         self._sampling = sampling or _choose_sampling(vocab, device, dtype)
 
     def assign(
@@ -103,25 +106,23 @@ class DeviceSampler:
             return torch.empty(0, dtype=torch.int32, device=self.device)
         return self._sampling(logits, slots, self._table, self._counts, self.slot_tokens)
 
+    def rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """Rows of logits for `constrain`, int32 [n] on the device; asynchronous."""
+        staged = self._staging(len(rows), torch.int32)
+        staged.numpy()[:] = rows
+        return staged.to(self.device, non_blocking=True)
+
     def mask_memory(self, count: int, words: int) -> torch.Tensor:
         """Host memory int32 [count, words] for the masks of one call of `constrain`."""
         return self._staging(count * words, torch.int32).view(count, words)
 
-    def constrain(self, logits: torch.Tensor, rows: Sequence[int], masks: torch.Tensor) -> None:
+    def constrain(self, logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
         """Set to minus infinity, in place, what the masks [n, words] do not allow in n rows of logits [R, vocab].
 
-        A bit per token, 32 to a word, the first token lowest, for at least the vocabulary. Asynchronous.
+        A bit per token, 32 to a word, the first token lowest, for at least the vocabulary. All masks cross to the
+        device in one copy; asynchronous.
         """
-        count = len(rows)
-        allowed = masks.view(torch.uint8).to(self.device, non_blocking=True).view(count, -1, 1) & self._bits
-        forbidden = allowed.view(count, -1)[:, : self.vocab] == 0
-        if all(row == place for place, row in enumerate(rows)):
-            logits[:count].masked_fill_(forbidden, -torch.inf)
-            return
-        places = self._staging(count, torch.int64)
-        places.numpy()[:] = rows
-        index = places.to(self.device, non_blocking=True)
-        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, -torch.inf))
+        self._sampling.forbid(logits, rows, masks.to(self.device, non_blocking=True))
 
     @property
     def memory(self) -> int:

@@ -44,6 +44,13 @@ class TorchSampling:
         tokens[places] = results
         return results
 
+    def forbid(self, logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+        places = rows.long()
+        bits = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
+        allowed = masks.view(torch.uint8)[:, :, None] & bits
+        forbidden = allowed.flatten(1)[:, : logits.shape[1]] == 0
+        logits.index_copy_(0, places, logits.index_select(0, places).masked_fill_(forbidden, -torch.inf))
+
 
 def _real(records: torch.Tensor, word: Word) -> torch.Tensor:
     """The float32 in a word of each record, [R, 1]."""

@@ -30,6 +30,12 @@ KEPT = 64  # compiled schemas per model: a workflow's node sends the same one ea
 _WHITESPACE = r"( |\n {0,8})?"
 _FEW = 16  # up to a share of 1 / 16 places are written one by one
 _NARROW = 3  # with less room than this for digits it matters how many a token has
+# What a string may hold, by length. Where a slice fits whole, the mask takes its tokens at once; only of the others are
+# the texts looked at one by one. llguidance's own are 10, 30 and any length: with less room than 10 in a string, that
+# is half a millisecond and more for a vocabulary of 150,000.
+_SLICES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30)
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+_BLANKS = r"[\x20\x0A\x0D\x09]+"
 
 
 class Matcher:
@@ -39,19 +45,25 @@ class Matcher:
         self.state = state
         self.vocabulary = vocabulary
         self._numerals = Numerals()
-        self.problem = ""  # why nothing can follow, once that is so
 
     def refine(self, words: Words) -> None:
-        """Take out of the grammar's mask [words] what makes a number too long, and all when there is a `problem`."""
+        """Take out of the grammar's mask [words] what makes a number too long, and all where the grammar gave up."""
         if self.state.is_error():
             words.fill(0)
-            self.problem = f"the JSON schema is too complex: {_sentence(self.state.get_error())}"
         elif (room := self._numerals.room) < _NARROW:
-            shorter = words & self.vocabulary.at_most_digits(room)
+            shorter = words & self.vocabulary.at_most_digits[max(0, room)]
             if shorter.any():
                 words[:] = shorter
-        elif not words.any():
-            self.problem = "no token of the model's vocabulary can go on with the JSON that the schema asks for here"
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can follow here; empty where something can. Makes a mask."""
+        nothing = not masks([self]).any()
+        if self.state.is_error():
+            return f"the JSON schema is too complex: {_sentence(self.state.get_error())}"
+        if nothing:
+            return "no token of the model's vocabulary can go on with the JSON that the schema asks for here"
+        return ""
 
     def commit(self, token: int) -> None:
         """Take in the token that was chosen; after the end of the grammar, nothing."""
@@ -71,11 +83,13 @@ class Vocabulary:
                 "JSON cannot be asked of this model: its files name no token that ends a text and is in the vocabulary;"
                 " set eos_token_id in its generation_config.json"
             )
-        slices = llguidance.LLTokenizer.json_slices()
+        slices = [_BLANKS, *(f"{_CHARACTER}{{1,{length}}}" for length in _SLICES), f"{_CHARACTER}+"]
         self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=size, eos_token=ends, slices=slices)
         self.words = -(-size // 32)
         starts = np.array([leading_digits(self.token_bytes(token)) for token in range(tokenizer.size)])
-        self._digits = np.pad(starts, (0, 32 * self.words - len(starts)))
+        digits = np.pad(starts, (0, 32 * self.words - len(starts)))
+        self.at_most_digits = [_mask(digits <= count) for count in range(_NARROW)]
+        """Masks of the tokens that do not begin with more than 0, 1 and 2 digits."""
 
     def compile(self, schema: str) -> llguidance.LLMatcher:
         """Raises InvalidParameter for what is no JSON schema, and for one with keywords that are not enforced."""
@@ -92,11 +106,6 @@ class Vocabulary:
 
     def token_bytes(self, token: int) -> bytes:
         return self._tokens.decode_bytes([token])
-
-    def at_most_digits(self, count: int) -> Words:
-        """The mask of tokens that do not begin with more than `count` digits."""
-        bits = np.packbits(self._digits <= max(0, count), bitorder="little")
-        return bits.view(np.int32)
 
 
 class Grammars:
@@ -130,7 +139,7 @@ class Grammars:
 
 
 def masks(matchers: Sequence[Matcher], out: Words | None = None) -> Words:
-    """What may come next in each of one model's sequences, [n, words], in `out`; nothing where there is a `problem`."""
+    """What may come next in each of one model's sequences, [n, words], in `out`; nothing where the grammar gave up."""
     words = np.empty((len(matchers), matchers[0].vocabulary.words), np.int32) if out is None else out
     if len(matchers) == 1:
         matchers[0].state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -146,6 +155,10 @@ def constrain(logits: NDArray[np.float32], matchers: Mapping[int, Matcher]) -> N
     """Set what may not come next to minus infinity, in place, in the rows of logits [B, V] that have a matcher."""
     for row, words in zip(matchers, masks(list(matchers.values())), strict=True):
         _forbid(logits[row], words)
+
+
+def _mask(allowed: NDArray[np.bool_]) -> Words:
+    return np.packbits(allowed, bitorder="little").view(np.int32)
 
 
 def _forbid(values: NDArray[np.float32], words: Words) -> None:

@@ -23,6 +23,8 @@ class Numerals:
         self._run = 0
 
     def push(self, text: bytes) -> None:
+        if self._in_string and not self._escaped and _QUOTE not in text and _BACKSLASH not in text:
+            return  # most tokens
         for byte in text:
             if self._in_string:
                 self._in_string = self._escaped or byte != _QUOTE

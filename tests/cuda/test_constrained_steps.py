@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
-import torch
 
+from engine import loop
 from engine.request import Request
+from engine.runners import cuda
+from engine.runtime.cuda.decoder import PagedDecoder
+from engine.sampling import masks
 from engine.sampling.device import DeviceSampler
+from engine.stats import StepRecord
 from tests.cuda.conftest import StartOnGpu
 from tests.cuda.fake_device import FakeGpu
 from tests.engine.asking import Answer, ask, picture, replica, request
@@ -74,18 +80,56 @@ def test_constrained_sequences_that_are_set_back_go_on_where_they_were(on_gpu: S
     assert any(outputs), "no constrained sequence with output was set back"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [[3, 1], [0, 1], [2]])
-def test_a_mask_forbids_in_its_rows_alone(dtype: torch.dtype, rows: list[int]) -> None:
-    vocab, random = 101, np.random.default_rng(0)
-    sampler = DeviceSampler(4, vocab, torch.device("cpu"))
-    logits = torch.randn(4, vocab).to(dtype)
-    masked = logits.clone()
-    words = random.integers(-(2**31), 2**31, (len(rows), 4), dtype=np.int64).astype(np.int32)
-    sampler.constrain(masked, rows, torch.from_numpy(words))
-    allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :vocab].astype(bool)
-    for row, bits in zip(rows, allowed, strict=True):
-        assert torch.equal(masked[row].isfinite(), torch.from_numpy(bits))
-        assert torch.equal(masked[row][torch.from_numpy(bits)], logits[row][torch.from_numpy(bits)])
-    others = [row for row in range(4) if row not in rows]
-    assert torch.equal(masked[others], logits[others])
+def test_a_step_is_enqueued_before_the_last_ones_tokens_are_awaited_for_its_masks(
+    on_gpu: StartOnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def noted[**P, T](name: str, function: Callable[P, T]) -> Callable[P, T]:
+        def call(*arguments: P.args, **named: P.kwargs) -> T:
+            happened.append(name)
+            return function(*arguments, **named)
+
+        return call
+
+    engine = on_gpu(FakeGpu(blocks=256))
+    engine.load("tiny-qwen2-vl")
+    monkeypatch.setattr(PagedDecoder, "run", noted("forward", PagedDecoder.run))
+    monkeypatch.setattr(PagedDecoder, "_decode", noted("decode", PagedDecoder._decode))
+    monkeypatch.setattr(PagedDecoder, "go_on", noted("go on", PagedDecoder.go_on))
+    monkeypatch.setattr(cuda._TokenCopy, "wait", noted("wait", cuda._TokenCopy.wait))
+    monkeypatch.setattr(cuda, "masks", noted("masks", masks))
+    monkeypatch.setattr(DeviceSampler, "constrain", noted("constrain", DeviceSampler.constrain))
+    monkeypatch.setattr(DeviceSampler, "sample", noted("sample", DeviceSampler.sample))
+    schema = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 5, "maxItems": 6}
+    one = request("list", model="tiny-qwen2-vl", json_schema=json.dumps(schema), max_tokens=300)
+    fits(ask(engine, one).wait(), schema)
+    steps = [step.split() for step in " ".join(happened).replace("go on", "again").split("sample")]
+    repeated = [step for step in steps if step[:1] == ["again"] and "forward" not in step]
+    assert len(repeated) > 5, steps
+    assert all(step == ["again", "wait", "masks", "constrain"] for step in repeated), steps
+
+
+def test_waiting_for_tokens_that_masks_need_is_no_work_of_the_host(
+    on_gpu: StartOnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def wait(copy: Any) -> list[int]:
+        nonlocal now
+        now += 1.0
+        return original(copy)
+
+    original, clock = cuda._TokenCopy.wait, SimpleNamespace(perf_counter=lambda: now, monotonic=time.monotonic)
+    records: list[StepRecord] = []
+    engine = on_gpu(FakeGpu(blocks=256))
+    replica(engine, "tiny-qwen2-vl")
+    monkeypatch.setattr(cuda._TokenCopy, "wait", wait)
+    monkeypatch.setattr(cuda, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
+    [device_loop] = [one for _, one in engine.load("tiny-qwen2-vl").replicas]
+    device_loop._on_step = records.append
+    schema = {"enum": ["red and green"]}
+    fits(ask(engine, request("c", model="tiny-qwen2-vl", json_schema=json.dumps(schema), max_tokens=50)).wait(), schema)
+    assert records[-1].finished_s > 5.0
+    assert {record.host_s for record in records} == {0.0}

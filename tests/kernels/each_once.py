@@ -45,7 +45,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield from attentions()
     yield "embed_tokens", embedding
     for name, parameters in SAMPLED.items():
-        yield f"scan_chunks, choose_tokens: {name}", partial(sampling, parameters)
+        yield f"forbid_tokens, scan_chunks, choose_tokens: {name}", partial(sampling, parameters)
 
 
 def gemvs() -> Iterator[tuple[str, Launch]]:
@@ -123,6 +123,8 @@ def sampling(kinds: list[dict[str, Any]]) -> None:
     for slot, params in enumerate(kinds):
         sampler.assign(slot, SamplingParams(**params), 7, np.arange(0, vocab, 50), [4, 5, 5], [9])
     logits = torch.randn((len(kinds), vocab), generator=torch.Generator().manual_seed(0)).to(HALF).to(DEVICE)
+    masks = torch.full((len(kinds), -(-vocab // 32)), 0x5A5A5A5A, dtype=torch.int32)
+    sampler.constrain(logits, sampler.rows(range(len(kinds))), masks)
     sampler.sample(logits, torch.arange(len(kinds), dtype=torch.int32).to(DEVICE))
 
 

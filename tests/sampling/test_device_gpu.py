@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.request import SamplingParams
 from engine.sampling import NO_TOKEN
 from engine.sampling.device import DeviceSampler
-from tests.sampling.test_device_sampler import MIXES, number_of, probabilities
+from tests.sampling.test_device_sampler import MIXES, number_of, probabilities, random_masks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,13 +86,29 @@ def test_a_bad_row_leaves_its_neighbours_alone() -> None:
     assert sampler_of(3).sample(logits, slots_of([0, 1, 2])).tolist() == [good[0], NO_TOKEN, good[2]]
 
 
-def test_neither_assign_nor_sample_waits_for_the_device() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_masks_forbid_in_their_rows_alone(dtype: torch.dtype) -> None:
+    sampler, logits = sampler_of(32, dtype), draw_logits(32, dtype)
+    before, rows = logits.clone(), list(range(31, 0, -2))
+    memory = sampler.mask_memory(len(rows), VOCAB // 32 + 3)
+    words = random_masks(*memory.shape)
+    memory.numpy()[:] = words
+    sampler.constrain(logits, sampler.rows(rows), memory)
+    allowed = torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :VOCAB]).to(CUDA) > 0
+    before[rows] = before[rows].masked_fill_(~allowed, -torch.inf)
+    assert torch.equal(logits, before)
+
+
+def test_neither_assign_nor_constrain_nor_sample_waits_for_the_device() -> None:
     sampler, logits, slots = sampler_of(24), draw_logits(24, torch.float16), slots_of(list(range(24)))
     sampler.sample(logits, slots)
+    everything = sampler.mask_memory(24, VOCAB // 32)
+    everything.fill_(-1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for row in range(24):
             sampler.assign(row, SamplingParams(**ALL[row % len(ALL)]), row, np.array(PROMPT), OUTPUT, FORBIDDEN)
+        sampler.constrain(logits, sampler.rows(list(range(24))), everything)
         tokens = sampler.sample(logits, slots)
     finally:
         torch.cuda.set_sync_debug_mode("default")

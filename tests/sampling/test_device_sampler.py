@@ -316,6 +316,40 @@ def test_rows_of_a_wider_tensor_and_an_empty_batch() -> None:
     assert tokens_of(sampler, rows[:0], []) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [[3, 1], [0, 1], [2]], ids=str)
+@pytest.mark.parametrize("vocab", [101, 5000])
+def test_a_mask_forbids_in_its_rows_alone(dtype: torch.dtype, rows: list[int], vocab: int) -> None:
+    sampler, logits = device_sampler(4, vocab), draw_logits(4, vocab).to(dtype)
+    wide = torch.nn.functional.pad(logits, (0, 8))
+    masked, words = wide[:, :vocab], random_masks(len(rows), -(-vocab // 32) + 1)
+    memory = sampler.mask_memory(*words.shape)
+    memory.numpy()[:] = words
+    sampler.constrain(masked, sampler.rows(rows), memory)
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :vocab].astype(bool)
+    for row, bits in zip(rows, torch.from_numpy(allowed), strict=True):
+        assert torch.equal(masked[row].isfinite(), bits)
+        assert torch.equal(masked[row][bits], logits[row][bits])
+    others = [row for row in range(4) if row not in rows]
+    assert torch.equal(masked[others], logits[others])
+    assert not wide[:, vocab:].any()
+
+
+def random_masks(rows: int, words: int) -> NDArray[np.int32]:
+    return np.random.default_rng(0).integers(-(2**31), 2**31, (rows, words), dtype=np.int64).astype(np.int32)
+
+
+def test_a_masked_row_draws_as_one_whose_logits_were_minus_infinity() -> None:
+    logits, words, samplers = draw_logits(2), random_masks(2, 10), [device_sampler(2), device_sampler(2)]
+    for sampler in samplers:
+        for slot, mix in enumerate([MIXES[0], MIXES[5]]):
+            sampler.assign(slot, SamplingParams(**mix), slot, NO_PROMPT, [], [])
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :VOCAB]
+    expected = tokens_of(samplers[0], torch.where(torch.from_numpy(allowed) > 0, logits, -torch.inf), [0, 1])
+    samplers[1].constrain(logits, samplers[1].rows([0, 1]), torch.from_numpy(words))
+    assert tokens_of(samplers[1], logits, [0, 1]) == expected
+
+
 def test_what_does_not_fit_is_refused() -> None:
     sampler = device_sampler(2)
     with pytest.raises(ValueError, match="for 1 slots of 300 tokens"):

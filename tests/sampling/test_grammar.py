@@ -6,12 +6,14 @@ import json
 from typing import Any
 
 import jsonschema
+import llguidance
 import numpy as np
 import pytest
 import tokenizers
 
 from engine.errors import InvalidParameter
 from engine.prompts import Detokenizer, Tokenizer
+from engine.sampling import grammar
 from engine.sampling.grammar import Grammars, Matcher, constrain, masks
 from engine.sampling.numerals import Numerals
 from engine.sampling.schema import read_schema
@@ -91,6 +93,46 @@ def test_one_sequence_does_not_move_another() -> None:
     before = allowed(second)
     first.commit(before[0])
     assert allowed(second) == before != allowed(first)
+
+
+def test_masks_are_the_same_made_together_and_one_by_one() -> None:
+    tokenizer = Tokenizer(vocabulary("bytes"))
+    grammars = Grammars(tokenizer, tokenizer.size, [EOS])
+    random = np.random.default_rng(0)
+    schemas = [random_schema(seed) for seed in range(9)] + [{"type": "number"}, {"type": "string", "maxLength": 6}]
+    together, alone = ([matcher_of(grammars, json.dumps(schema)) for schema in schemas] for _ in range(2))
+    for _ in range(40):
+        made = masks(together)
+        for words, *both in zip(made, together, alone, strict=True):
+            assert np.array_equal(words, masks(both[1:])[0])
+            token = int(random.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))))
+            for one in both:
+                one.commit(token)
+
+
+def test_masks_are_those_that_every_token_looked_at_gives() -> None:
+    """The shortcuts by the length of what a string may still hold change no mask."""
+    tokenizer, random = Tokenizer(vocabulary("pieces")), np.random.default_rng(1)
+    grammars = Grammars(tokenizer, tokenizer.size, [EOS])
+    for shortest, longest in ((0, 3), (2, 9), (8, 60), (0, 14), (31, 34)):
+        schema = {"type": "array", "minItems": 2,
+                  "items": {"type": "string", "minLength": shortest, "maxLength": longest}}  # fmt: skip
+        matcher = matcher_of(grammars, json.dumps(schema))
+        plain = llguidance.LLMatcher(matcher.vocabulary._tokens.with_slices([]), _grammar(schema), log_level=0)
+        for _ in range(60):
+            tokens = allowed(matcher)
+            bits = np.unpackbits(np.frombuffer(plain.compute_bitmask(), np.uint8), bitorder="little")
+            assert tokens == np.flatnonzero(bits).tolist()
+            token = int(random.choice(tokens))
+            if token == EOS:
+                break
+            matcher.commit(token)
+            plain.consume_token(token)
+
+
+def _grammar(schema: dict[str, Any]) -> str:
+    options: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": grammar._WHITESPACE}
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
 def test_a_token_that_does_not_fit_leaves_a_problem_and_no_token() -> None:

@@ -10,25 +10,26 @@ from engine.checkpoints.artifact import Artifact
 from engine.files import replace_file
 
 FILE = "float_inputs.json"
+TOWER_FILE = "tower_float_inputs.json"
 _VERSION = 1  # raise it when they are chosen in another way
 _log = logging.getLogger("engine.checkpoints")
 
 
-def read_float_inputs(artifact: Artifact, known: Collection[str]) -> frozenset[str] | None:
+def read_float_inputs(artifact: Artifact, known: Collection[str], file: str = FILE) -> frozenset[str] | None:
     """Names of linear layers, all among `known`; None if not kept, or for other weights, or by another rule."""
     try:
-        kept = json.loads((artifact.folder / FILE).read_bytes())
+        kept = json.loads((artifact.folder / file).read_bytes())
         names = kept["layers"] if (kept["version"], kept["digest"]) == (_VERSION, artifact.digest) else None
         return frozenset(names) if isinstance(names, list) and set(names) <= set(known) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_float_inputs(artifact: Artifact, layers: frozenset[str]) -> None:
+def write_float_inputs(artifact: Artifact, layers: frozenset[str], file: str = FILE) -> None:
     """Under another name and renamed. What cannot be kept is measured again at the next start."""
-    file = artifact.folder / FILE
+    path = artifact.folder / file
     text = json.dumps({"version": _VERSION, "digest": artifact.digest, "layers": sorted(layers)}, indent=1)
     try:
-        replace_file(file, text.encode())
+        replace_file(path, text.encode())
     except OSError as error:
-        _log.warning("%s cannot be written (%s); it is measured at every start", file, error.strerror)
+        _log.warning("%s cannot be written (%s); it is measured at every start", path, error.strerror)

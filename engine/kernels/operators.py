@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -11,13 +11,17 @@ import torch
 from engine.errors import KernelsUnavailable
 from engine.kernels.attention import AttentionParameters, PagedDecodeAttention
 from engine.kernels.bridge import Call, Compute, Input, Operator
+from engine.kernels.bridge.tensors import rows_of
 from engine.kernels.embedding import token_embedding
 from engine.kernels.linear import Int8Linear, LinearParameters
 from engine.kernels.linear.layer import Activation, Path
+from engine.kernels.linear_bench import Layer
 from engine.kernels.pointer import Tensor
 from engine.kernels.tiles import Tiles
 from engine.kernels.workspace import Workspace
 from engine.spec import DecoderSpec
+
+ROWS_AT_ONCE = 8192  # of a product: a tower's calls have more, and scratch memory for them would be idle else
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,11 @@ def workspace_bytes(
     rows: int,
     decoding: Iterable[tuple[int, int]],
     block_size: int,
+    tower: Iterable[Layer] = (),
 ) -> int:
-    """The most that an operator takes: calls of up to `rows` tokens, decode steps of (sequences, context) each."""
+    """The most that an operator takes: calls of up to `rows` tokens, decode steps of (sequences, context) each, and a
+    tower's layers with any number of rows.
+    """
     attended = spec.heads * spec.head_dim
     linears: list[tuple[Activation, int, int]] = [
         ("none", attended + 2 * spec.kv_heads * spec.head_dim, spec.hidden),
@@ -53,9 +60,12 @@ def workspace_bytes(
         ("none", spec.hidden, spec.intermediate),
         ("none", spec.vocab, spec.hidden),
     ]
+    rows = min(rows, ROWS_AT_ONCE)
+    calls = [(LinearParameters(norm="rms", activation=activation), rows, n, k) for activation, n, k in linears]
+    calls += [(layer.parameters, ROWS_AT_ONCE, layer.n, layer.k) for layer in tower]
     products = (
-        Int8Linear.workspace_bytes(LinearParameters(norm="rms", activation=activation, path=path), tiles, rows, n, k)
-        for activation, n, k in linears
+        Int8Linear.workspace_bytes(replace(parameters, path=path), tiles, most, n, k)
+        for parameters, most, n, k in calls
         for path in get_args(Path)
     )
     attention = PagedDecodeAttention(
@@ -109,13 +119,27 @@ def _linear(device: Device) -> Operator:
             bias, norm_weight, norm_bias, residual = (call.input(index) for index in range(3, 7))
             width = weight.shape[0] // 2 if layer.parameters.gate else weight.shape[0]
             y = call.output(0, (x.shape[0], width))
-            layer(x, weight, scale, bias, norm_weight, norm_bias, residual, y)
+            if x.shape[0] <= ROWS_AT_ONCE:
+                layer(x, weight, scale, bias, norm_weight, norm_bias, residual, y)
+                return
+            for start in range(0, x.shape[0], ROWS_AT_ONCE):
+                some, added, result = (_rows(tensor, start) for tensor in (x, residual, y))
+                assert some is not None
+                assert result is not None
+                layer(some, weight, scale, bias, norm_weight, norm_bias, added, result)
 
         return compute
 
     a = device.activations
     optional = (Input(a, optional=True),) * 4
     return Operator("Linear", (Input(a), Input(torch.int8), Input(torch.float32), *optional), (a,), open_node)
+
+
+def _rows(tensor: Tensor | None, start: int) -> Tensor | None:
+    """ROWS_AT_ONCE of them, or what is left."""
+    if tensor is None:
+        return None
+    return rows_of(tensor, start, min(start + ROWS_AT_ONCE, tensor.shape[0]))
 
 
 def _attention(device: Device, cache: torch.dtype) -> Operator:

@@ -1,4 +1,4 @@
-"""Tiles for a decoder on a device: measured when it first loads there, kept on disk, and read at every later start.
+"""Tiles for a model on a device: measured when it first loads there, kept on disk, and read at every later start.
 
 Two numbers, for qwen2-vl-2b. With up to 32 sequences there are 69 products, pairs of a weight's shape and a bucket of
 rows (71 with 128), with 2,929 candidates (2,975). 15 of them are only compared; climbing tries at most 12 candidates of
@@ -19,7 +19,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from engine.kernels.linear import LinearParameters
 from engine.kernels.linear_bench import Layer, LinearBench, Setting
 from engine.kernels.search import GAIN, Bench, Choice, Task, search
 from engine.kernels.tile_store import Chip, TileStore
-from engine.kernels.tiles import GEMV_ROWS, Kernel, Product, Tile, Tiles, candidates, rows_bucket
+from engine.kernels.tiles import GEMV_ROWS, MOST_ROWS, Kernel, Product, Tile, Tiles, candidates, rows_bucket
 from engine.spec import DecoderSpec
 
 BUDGET_S = 45.0
@@ -59,11 +59,15 @@ _log = logging.getLogger("engine.kernels")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A linear layer of a decoder, `count` times in a step; the head has no rows but those that choose a token."""
+    """A linear layer of a decoder, `count` times in a step; the head has no rows but those that choose a token.
+
+    Or one of a vision tower, which seldom sees fewer than `fewest` rows.
+    """
 
     layer: Layer
     count: int
     head: bool = False
+    fewest: int = 1
 
     def product(self, kernel: Kernel, rows: int) -> Product:
         return Product(kernel, rows, self.layer.n, self.layer.k, self.layer.parameters.gate)
@@ -117,10 +121,11 @@ def decoder_parts(spec: DecoderSpec) -> tuple[Part, ...]:
     return (*(Part(layer, spec.layers) for layer in (qkv, out, gate_up, down)), Part(head, 1, head=True))
 
 
-def plan_for(spec: DecoderSpec, decode_rows: Collection[int], step_tokens: int) -> Plan:
-    """For decode steps of these numbers of rows, and prefill steps of up to `step_tokens`.
+def plan_for(spec: DecoderSpec, decode_rows: Collection[int], step_tokens: int, tower: Sequence[Part] = ()) -> Plan:
+    """For decode steps of these numbers of rows, prefill steps of up to `step_tokens`, and a tower of any number.
 
-    Every bucket that a step can come to is in it, so that no request waits for a compiler.
+    Every bucket that a step can come to is in it, so that no request waits for a compiler. Of a tower those of smaller
+    pictures are not, nor are products of 16-bit rows: which layers read them is measured next, and that compiles them.
     """
     parts, decoding = decoder_parts(spec), frozenset(map(rows_bucket, decode_rows))
     most = max(step_tokens, *decode_rows)
@@ -130,7 +135,11 @@ def plan_for(spec: DecoderSpec, decode_rows: Collection[int], step_tokens: int) 
             rows = min(bucket, max(decode_rows) if part.head else most)
             for kernel in _kernels(bucket):
                 settings.setdefault(part.product(kernel, bucket), Setting(part.layer, rows))
-    return Plan(parts, decoding, settings)
+    for part in tower:
+        for bucket in _buckets(MOST_ROWS):
+            if bucket >= part.fewest:
+                settings.setdefault(part.product("int8", bucket), Setting(part.layer, bucket))
+    return Plan((*parts, *tower), decoding, settings)
 
 
 def _buckets(rows: int) -> list[int]:
@@ -152,6 +161,7 @@ def tuned_tiles(
     folder: Path,
     decode_rows: Collection[int],
     step_tokens: int,
+    tower: Sequence[Part] = (),
     budget: float = BUDGET_S,
     enter_thread: Callable[[], None] = lambda: None,
 ) -> Tiles:
@@ -161,7 +171,7 @@ def tuned_tiles(
     in. `enter_thread` is called on each thread that uses the device. Launches and waits on the current stream, which
     must not be the default one.
     """
-    plan, chip = plan_for(spec, decode_rows, step_tokens), chip_of(device)
+    plan, chip = plan_for(spec, decode_rows, step_tokens, tower), chip_of(device)
     store = TileStore(folder, chip, str(dtype).removeprefix("torch."))
 
     def measure(missing: Mapping[Product, Setting], known: Mapping[Product, Choice]) -> dict[Product, Choice]:

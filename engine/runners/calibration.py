@@ -14,7 +14,7 @@ from engine.checkpoints import Artifact
 from engine.checkpoints.kv_ranges import read_kv_ranges, write_kv_ranges
 from engine.graphs.cuda import CudaGraph, cuda_decoder
 from engine.graphs.cuda.fused import STOCK, Fusion
-from engine.preprocess import image_processor
+from engine.preprocess import ImageInput, image_processor
 from engine.prompts import PromptBuilder
 from engine.request import Image, Message, Text
 from engine.runners.cuda import VisionTower
@@ -116,13 +116,18 @@ def calibration_decoder(
 
 def calibration_tokens(folder: Path, spec: ModelSpec) -> int:
     """The most that a step made of the fixed text and picture has."""
-    pictures = [image_processor(folder, spec).process(_picture(), b"calibration")] if spec.vision else []
+    pictures = [calibration_image(folder, spec)] if spec.vision else []
     return _TEXT_TOKENS + sum(picture.tokens for picture in pictures)
+
+
+def calibration_image(folder: Path, spec: ModelSpec) -> ImageInput:
+    """The fixed picture as a checkpoint's tower sees it."""
+    return image_processor(folder, spec).process(_picture(), b"calibration")
 
 
 def calibration_step(folder: Path, spec: ModelSpec, tower: VisionTower | None) -> PackedStep:
     """One sequence of a checkpoint's own prompt format, in blocks 1, 2, ..., cut off where its context ends."""
-    images = [image_processor(folder, spec).process(_picture(), b"calibration")] if tower is not None else []
+    images = [calibration_image(folder, spec)] if tower is not None else []
     shown = tuple(Image(b"calibration") for _ in images)
     prompt = PromptBuilder(folder, spec).build((Message("user", (*shown, Text(_TEXT))),), images)
     room = _TEXT_TOKENS + prompt.image_tokens

@@ -121,7 +121,7 @@ class Rounding:
         self._step = _text_logits(step)
         self._names = names
         self._flags = torch.zeros(len(names), dtype=torch.int32, device=device)
-        session = _WithInput(open_session(rounded_decoder(artifact, activations, len(step.ids))), self._flags)
+        session = WithFlags(open_session(rounded_decoder(artifact, activations, len(step.ids))), self._flags)
         dtype = torch_type(activations)
         self._decoder = calibration_decoder(session, artifact.spec.decoder, self._step, dtype, device)
         self._exact = self.logits(frozenset()).clone()
@@ -139,8 +139,8 @@ class Rounding:
         return self._decoder.run(self._step)[0]
 
 
-class _WithInput:
-    """Implements GraphSession: a session whose graph has one input more than the decoder knows of."""
+class WithFlags:
+    """Implements GraphSession: a session whose graph has the input ROUNDED, of which its caller does not know."""
 
     def __init__(self, session: GraphSession, flags: torch.Tensor) -> None:
         self._session = session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ from engine.config import EngineConfig
 from engine.errors import KernelsUnavailable
 from engine.graphs.builder import TESSERA
 from engine.graphs.cuda.fused import STOCK, Fusion, fusable
+from engine.graphs.cuda.fused_tower import TowerLinear
+from engine.graphs.cuda.tower import tower_linears
 from engine.runtime.cuda.buckets import Buckets
 from engine.runtime.cuda.capture import allow_beside_capture
-from engine.spec import DecoderSpec
+from engine.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ class Parts:
 
 
 def wanted_fusion(artifact: Artifact, config: EngineConfig, device: torch.device, parts: Parts | None = None) -> Fusion:
-    """`auto` takes the operators where they were measured to be faster than ONNX Runtime's: on an H100."""
+    """`auto` takes the operators where they were measured to be faster than ONNX Runtime's: on an H100.
+
+    A tower's linear layers are ours where the decoder's are.
+    """
     if parts is not None:
         return parts.fusion
     auto = config.kernel_fusion == "auto"
@@ -53,7 +58,8 @@ def wanted_fusion(artifact: Artifact, config: EngineConfig, device: torch.device
             return STOCK
         logger.warning("kernel_fusion does not know the layers of %s; they run without", artifact.spec.family)
         return STOCK
-    return Fusion(linear=artifact.precision == "int8", attention=True)
+    linear = artifact.precision == "int8"
+    return Fusion(linear=linear, attention=True, tower=linear and artifact.spec.vision is not None)
 
 
 def _is_measured(device: torch.device) -> bool:
@@ -79,7 +85,8 @@ def open_fusion(
         return STOCK, None
     try:
         tune = fusion.linear and (parts is None or parts.tuning)
-        return fusion, _operators(artifact.spec.decoder, config, dtype, device, step_tokens, block_size, tune=tune)
+        tower = tower_linears(artifact) if fusion.tower else ()
+        return fusion, _operators(artifact.spec, tower, config, dtype, device, step_tokens, block_size, tune=tune)
     except KernelsUnavailable as error:
         if parts is not None:
             raise
@@ -88,7 +95,8 @@ def open_fusion(
 
 
 def _operators(
-    spec: DecoderSpec,
+    model: ModelSpec,
+    tower: Sequence[TowerLinear],
     config: EngineConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -103,6 +111,7 @@ def _operators(
         from engine.kernels.compiled import keep_compiled
         from engine.kernels.tiles import Tiles
         from engine.kernels.workspace import Workspace
+        from engine.runners.tower_parts import tower_parts
     except ImportError as error:
         raise KernelsUnavailable(f"the fused kernels cannot be imported: {error}") from error
     folder = config.storage / FOLDER
@@ -111,6 +120,7 @@ def _operators(
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     keep_compiled(folder / _COMPILED)
     operators.try_out(operators.Device(dtype, Workspace(0, device), Tiles(), multiprocessors))
+    spec, parts = model.decoder, tower_parts(tower, model.vision)
     decoding = [(bucket.batch, bucket.context) for bucket in Buckets(config.max_batch_size, spec.context_length)]
     tiles = tuning.tuned_tiles(
         spec,
@@ -119,11 +129,16 @@ def _operators(
         folder=folder,
         decode_rows={batch for batch, _ in decoding},
         step_tokens=step_tokens,
+        tower=parts,
         budget=tuning.BUDGET_S if tune else 0.0,
         enter_thread=allow_beside_capture,
     )
     nbytes = operators.workspace_bytes(
-        spec, tiles, multiprocessors, rows=step_tokens, decoding=decoding, block_size=block_size
+        *(spec, tiles, multiprocessors),
+        rows=step_tokens,
+        decoding=decoding,
+        block_size=block_size,
+        tower=[part.layer for part in parts],
     )
     shared = operators.Device(dtype, Workspace(nbytes, device), tiles, multiprocessors)
     return partial(

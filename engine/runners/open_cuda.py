@@ -249,7 +249,7 @@ def _what(name: str, device: torch.device, states: DeltaNetStates | None, slots:
 def _numerics(artifact: Artifact, activations: FloatType, fusion: Fusion, *, int8_cache: bool) -> str:
     """Weights, and all that another result can come from."""
     cache = " int8 kv" if int8_cache else ""
-    ours = [name for name in ("linear", "attention") if getattr(fusion, name)]
+    ours = [name for name in ("linear", "attention", "tower") if getattr(fusion, name)]
     own = f" own {' '.join(ours)}" if ours else ""
     return f"{artifact.digest} cuda {activations}{cache}{own}{_digest(fusion.float_inputs)}"
 

@@ -16,6 +16,7 @@ from engine.graphs.cuda.fused import Fusion
 from engine.runners.calibration import calibration_tokens, kv_ranges
 from engine.runners.float_inputs import float_inputs
 from engine.runners.fusion import Parts, open_fusion, wanted_fusion
+from engine.runners.tower_inputs import tower_float_inputs
 from engine.runtime.cuda.cache_scales import scale_inputs
 from engine.runtime.cuda.encoder import CudaEncoder, open_encoder
 from engine.runtime.cuda.pieces import OUR_SIZES, SIZES
@@ -63,10 +64,14 @@ def open_sessions(
     def open_session(graph: CudaGraph, **kind: bool) -> CudaSession:
         return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register, **kind)
 
-    tower = open_encoder(artifact, activations, device) if spec.vision else None
+    measures = parts is None or parts.measured_inputs
+    tower = None
+    if spec.vision:
+        choose = partial(tower_float_inputs, checkpoint, artifact, activations, device) if measures else None
+        tower, fusion = open_encoder(artifact, activations, device, fusion, register, choose)
     measured = (checkpoint, artifact, activations, open_session, tower, device)
-    if fusion.linear and (parts is None or parts.measured_inputs):
-        fusion = replace(fusion, float_inputs=float_inputs(*measured))
+    if fusion.linear and measures:
+        fusion = replace(fusion, float_inputs=fusion.float_inputs | float_inputs(*measured))
     int8_cache = config.kv_precision == "int8"
     scales = None
     if int8_cache:

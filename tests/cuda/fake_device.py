@@ -87,7 +87,8 @@ class FakeGpu:
             copies=self.copies,
             chunk=self.prefill_tokens,
         )
-        runner = CudaRunner(spec, decoder, sampler, _tower(artifact, config), kv, memory=ModelMemory(0, 0, 0, 0, 0))
+        tower = _tower(artifact, self.fusion)
+        runner = CudaRunner(spec, decoder, sampler, tower, kv, memory=ModelMemory(0, 0, 0, 0, 0))
         limits = StepLimits(self.prefill_tokens, 1024, aligned_chunks=False)
         replica = Replica(
             name,
@@ -107,11 +108,11 @@ def _session(graph: CudaGraph, weights: DeviceWeights) -> ReferenceSession:
     return ReferenceSession(graph.model, weights.upload(graph.weights))
 
 
-def _tower(artifact: Artifact, config: EngineConfig) -> CudaEncoder | None:
+def _tower(artifact: Artifact, fusion: Fusion) -> CudaEncoder | None:
     if artifact.spec.vision is None:
         return None
     activations = activation_type(artifact.precision, artifact.spec.half)
-    graph = cuda_tower(artifact, activations)
+    graph = cuda_tower(artifact, activations, fusion)
     return CudaEncoder(_session(graph, DeviceWeights(artifact, CPU)), artifact.spec, activations, CPU)
 
 

@@ -74,7 +74,7 @@ def test_attention_of_plain_operators_answers_alike(start: Start, on_gpu: StartO
 
 def test_operators_of_our_own_answer_as_int8_does_on_the_cpu(start: Start, on_gpu: StartOnGpu) -> None:
     requests = greedy(8, "demo")
-    fake = FakeGpu(fusion=Fusion(linear=True, attention=True))
+    fake = FakeGpu(fusion=Fusion(linear=True, attention=True, tower=True))
     found = together(on_gpu(fake, precision="int8"), requests)
     assert found == together(start(device="cpu", precision="int8"), requests)
 

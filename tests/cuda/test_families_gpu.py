@@ -118,7 +118,7 @@ def test_gemma3s_tower_gives_the_cpus_features(
 ) -> None:
     images = pictures(tiny.spec, [(0, 0)] * 3, seed=5)
     artifact = tiny.artifact(precision)
-    found = [one.float().cpu().numpy() for one in open_encoder(artifact, activations, DEVICE).encode(images)]
+    found = [one.float().cpu().numpy() for one in open_encoder(artifact, activations, DEVICE)[0].encode(images)]
     error = relative_error(np.concatenate(found), np.concatenate(tiny.encoder("fp32").encode(images)))
     print(f"\n{precision}: features {error:.1e} from the CPU's in fp32")
     assert error < limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,10 +21,12 @@ from engine.spec import FloatType
 from tests.cuda.reference import ReferenceSession
 from tests.cuda.test_tower import as_array, mixed
 from tests.cuda.wide_towers import TOWERS, make_wide
+from tests.kernels.triton_tests import run_cases
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import Tiny, make_tiny
 
 CPU = torch.device("cpu")
+CASES = Path(__file__).with_name("fused_tower_cases.py")
 FUSION = Fusion(linear=True, attention=True, tower=True)
 
 
@@ -55,7 +58,7 @@ def test_every_layer_that_fits_is_one_node_with_its_norm(tiny: Tiny) -> None:
     assert vision is not None
     nodes = onnx.load_model_from_string(cuda_tower(artifact, "float16", FUSION).model).graph.node
     ours = [node for node in nodes if (node.domain, node.op_type) == (TESSERA, "Linear")]
-    layers = tower_linears(artifact, "float16")
+    layers = tower_linears(artifact)
     linear = {
         name.removesuffix(".scale") for name in artifact.entries if name.startswith("vision.") and "scale" in name
     }
@@ -88,7 +91,7 @@ def test_without_the_switch_or_int8_weights_a_tower_is_the_stock_one(tiny: Tiny)
 def test_a_tower_that_fits_nowhere_has_no_operators_of_ours(tmp_path_factory: pytest.TempPathFactory) -> None:
     """72 wide: what does not depend on that width does fit."""
     narrow = make_tiny("qwen2_vl", tmp_path_factory)
-    assert {layer.name for layer in tower_linears(narrow.artifact("int8"), "float16")} == {
+    assert {layer.name for layer in tower_linears(narrow.artifact("int8"))} == {
         *(f"vision.layers.{layer}.down" for layer in range(2)),
         "vision.merger",
         "vision.projection",
@@ -97,3 +100,7 @@ def test_a_tower_that_fits_nowhere_has_no_operators_of_ours(tmp_path_factory: py
     images = mixed(narrow)
     wanted = np.concatenate(narrow.encoder("fp32").encode(images))
     assert relative_error(as_array(encoder(narrow, "float16").encode(images)), wanted) < 0.03
+
+
+def test_the_kernels_compute_what_the_graph_says_in_onnx_runtime() -> None:
+    run_cases(CASES, interpreted=True)

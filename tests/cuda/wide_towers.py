@@ -24,11 +24,15 @@ TOWERS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
 }
 
 
-def make_wide(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def wide_model(name: str) -> PreTrainedModel:
     make, changes = TOWERS[name]
     model = make()
     for field, value in changes.items():
         setattr(model.config.vision_config, field, value)
-    model = models.randomise(type(model)(model.config))
+    return type(model)(model.config)
+
+
+def make_wide(name: str, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    model = models.randomise(wide_model(name))
     folder = models.save(model, tmp_path_factory.mktemp(name))
     return Tiny(model, Checkpoint.open(folder), tmp_path_factory.mktemp("storage"), SHAPES[name.split("-")[0]])

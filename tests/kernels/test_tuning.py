@@ -20,8 +20,9 @@ from tests.kernels.triton_tests import run_cases
 
 pytest.importorskip("triton")
 from engine.kernels import tuning
-from engine.kernels.linear_bench import Setting
-from engine.kernels.tuning import BUDGET_S, Plan, gemv_rows, kept_or_measured, measured, plan_for
+from engine.kernels.linear import LinearParameters
+from engine.kernels.linear_bench import Layer, Setting
+from engine.kernels.tuning import BUDGET_S, Part, Plan, gemv_rows, kept_or_measured, measured, plan_for
 
 CASES = Path(__file__).with_name("tuning_cases.py")
 CHIP = Chip("H100", 132, SHARED_BYTES, "2.11", "3.6", "0123")
@@ -80,6 +81,33 @@ def test_layers_of_one_shape_are_one_product_of_their_common_share() -> None:
 def test_a_short_prefill_has_no_larger_rows() -> None:
     assert max(product.rows for product in plan(4, step_tokens=100).settings) == 128
     assert max(product.rows for product in plan(4, step_tokens=3).settings) == 4
+
+
+TOWER = (
+    Part(
+        Layer(5120, 1280, LinearParameters(1e-6, "layer", "quick_gelu", "int8"), bias=True, residual=False),
+        32,
+        fewest=256,
+    ),
+    Part(Layer(1280, 5120, LinearParameters(path="int8"), bias=True, residual=True), 32, fewest=256),
+    Part(Layer(1536, 5120, LinearParameters(path="int8"), bias=True, residual=False), 1, fewest=64),
+)
+
+
+def test_a_towers_products_are_measured_from_its_usual_rows_on_and_decoding_comes_first() -> None:
+    with_tower, without = plan_for(QWEN2_VL_2B, {1, 32}, 1056, TOWER), plan_for(QWEN2_VL_2B, {1, 32}, 1056)
+    added = with_tower.settings.keys() - without.settings.keys()
+    assert {(product.kernel, product.n, product.k, product.rows) for product in added} == {
+        *(("int8", n, k, 1 << bits) for n, k in ((5120, 1280), (1280, 5120)) for bits in range(8, 13)),
+        *(("int8", 1536, 5120, 1 << bits) for bits in range(6, 13)),
+    }
+    assert with_tower.compared == without.compared
+    assert gemv_rows(with_tower, {}) == gemv_rows(without, {})
+    largest = max(with_tower.share(product) for product in added)
+    assert largest < max(with_tower.share(product) for product in without.settings)
+    choices = measure(with_tower, preferring(1))
+    assert choices.keys() == with_tower.settings.keys()
+    assert sum(choice.seconds is not None for choice in choices.values()) > len(without.settings) / 2
 
 
 def measure(plan: Plan, times: Callable[[Product, Tile], float | None], **known: object) -> dict[Product, Choice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ class Opening:
         self.tuned: dict[str, Any] = {}
 
     def __call__(self, precision: str = "int8", parts: Parts | None = None) -> Fusion:
-        artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B), precision=precision)
+        artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B, vision=None), precision=precision)
         config = EngineConfig(storage=self.storage, kernel_fusion="on", max_batch_size=24)
         device = torch.device("cpu")
         wanted = wanted_fusion(artifact, config, device, parts)
@@ -108,6 +109,9 @@ def test_auto_takes_our_operators_where_they_were_measured(
     setting: Any, precision: str, capability: tuple[int, int], wanted: Fusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B), precision=precision)
+    artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B, vision=None), precision=precision)
     config = EngineConfig(kernel_fusion=setting)
     assert wanted_fusion(artifact, config, torch.device("cuda", 0)) == wanted
+    artifact.spec.vision = object()
+    with_tower = wanted_fusion(artifact, config, torch.device("cuda", 0))
+    assert with_tower == replace(wanted, tower=wanted.linear), "a tower does as the decoder"

@@ -29,9 +29,9 @@ def cuda_tower(artifact: Artifact, activations: FloatType, fusion: Fusion = STOC
     return _graph(builder, CudaTowerDialect(builder, spec), spec)
 
 
-def tower_linears(artifact: Artifact, activations: FloatType) -> tuple[TowerLinear, ...]:
-    """The linear layers of a tower of int8 weights that are ours."""
-    builder, spec = CudaBuilder(artifact, activations), _spec(artifact)
+def tower_linears(artifact: Artifact) -> tuple[TowerLinear, ...]:
+    """The linear layers of a tower of int8 weights that are ours, in the order in which they run."""
+    builder, spec = CudaBuilder(artifact, "float16"), _spec(artifact)
     dialect = FusedTowerDialect(builder, spec)
     _graph(builder, dialect, spec)
     return tuple(dialect.layers)
@@ -42,7 +42,7 @@ def rounded_tower(artifact: Artifact, activations: FloatType) -> CudaGraph:
     the input ROUNDED, int32 [tower_linears], is not 0.
     """
     builder, spec = CudaBuilder(artifact, activations), _spec(artifact)
-    names = [layer.name for layer in tower_linears(artifact, activations)]
+    names = [layer.name for layer in tower_linears(artifact)]
     rounded = builder.input(ROUNDED, np.int32, [len(names)])
     return _graph(builder, RoundedTowerDialect(builder, spec, rounded, names), spec)
 

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from engine.kernels.pointer import Tensor
+
 # ONNX's numbers; ONNXTensorElementDataType has the same.
 ELEMENT_TYPES = {
     torch.float32: 1,
@@ -39,6 +41,15 @@ class DeviceTensor:
 
     def __repr__(self) -> str:
         return f"DeviceTensor({self._address:#x}, {self.shape}, {self.dtype})"
+
+
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor [rows, width], in its memory."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor[start:stop]
+    width = tensor.shape[1]
+    address = tensor.data_ptr() + start * width * tensor.dtype.itemsize
+    return DeviceTensor(address, (stop - start, width), tensor.dtype)
 
 
 def host_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

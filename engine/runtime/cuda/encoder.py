@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.checkpoints.artifact import Artifact
+from engine.graphs.cuda import CudaGraph
+from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.graphs.cuda.tower import TowerInputs, cuda_tower
 from engine.runtime.cuda.session import CudaSession, GraphSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
@@ -25,13 +27,32 @@ PATCHES_PER_CALL = 16384  # some 40 KiB of activations each for towers of 1280 d
 _KEPT_GRIDS = 32  # rotary tables and positions, a few hundred KiB each
 
 
-def open_encoder(artifact: Artifact, activations: FloatType, device: torch.device) -> CudaEncoder:
-    """The tower on torch's current stream of `device`. Raises torch.OutOfMemoryError."""
-    graph = cuda_tower(artifact, activations)
+ChooseInputs = Callable[[Callable[[CudaGraph], GraphSession]], frozenset[str]]
+"""Given what opens a tower's graph over the weights that are on the device: the layers that keep 16-bit rows."""
+
+
+def open_encoder(
+    artifact: Artifact,
+    activations: FloatType,
+    device: torch.device,
+    fusion: Fusion = STOCK,
+    register: Callable[[Any], None] | None = None,
+    choose_inputs: ChooseInputs | None = None,
+) -> tuple[CudaEncoder, Fusion]:
+    """The tower on torch's current stream of `device`, and `fusion` with the layers that `choose_inputs` chose of it.
+
+    `register` makes operators of our own known to the session. Raises torch.OutOfMemoryError.
+    """
     weights = DeviceWeights(artifact, device)
     waits = activations == "float32"
-    session = CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, waits=waits)
-    return CudaEncoder(session, artifact.spec, activations, device, weight_bytes=weights.nbytes)
+
+    def open_session(graph: CudaGraph) -> CudaSession:
+        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register, waits=waits)
+
+    if fusion.tower and choose_inputs is not None:
+        fusion = replace(fusion, float_inputs=fusion.float_inputs | choose_inputs(open_session))
+    session = open_session(cuda_tower(artifact, activations, fusion))
+    return CudaEncoder(session, artifact.spec, activations, device, weight_bytes=weights.nbytes), fusion
 
 
 class CudaEncoder:

@@ -6,11 +6,13 @@ layer, so a sequence of 1,024 tokens 1 MB: 0.35 us at 3 TB/s alone, 11 us for 32
 filled up to 16), of some 280 that an H100 has for each byte. So bytes are the limit for many sequences, and for a few
 the chain of loads that wait for each other: the place in the table, keys, values, the splits of others.
 
-Program (key head and tile of its query heads, split, sequence) reads `tokens` cached tokens once for up to 16 query
-heads, the next tile of them on its way while one is multiplied; the first is asked for before queries are made ready,
-which takes two loads that wait for each other. A program whose split lies behind its sequence's end leaves at once, so
-a captured grid serves every length. The program of the last split takes the new token's key and value from where they
-were made: its state begins with them, and memory that one program writes is read by none of the same launch.
+Program (key head and tile of its query heads, split, sequence) reads its share of the cached tokens once for up to 16
+query heads, the next tile of them on its way while one is multiplied; the first is asked for before queries are made
+ready, which takes two loads that wait for each other. Splits take a sequence's tiles in turn, so they are equally long
+whatever its length is, and a split knows its first tile before it knows that length: a captured grid serves them all.
+A program that is not needed leaves at once. The program of the split that the new token is in takes its key and value
+from where they were made: its state begins with them, and memory that one program writes is read by none of the same
+launch.
 
 Merge. Each split leaves its means in scratch memory and takes a ticket of its sequence and head; who takes the last
 one reads all of them, in the order of splits, so that the result is the same whoever was last. A second kernel would
@@ -124,9 +126,7 @@ def _repeated(x: tl.tensor) -> tl.tensor:
     return all_rows
 
 
-@triton.jit(
-    do_not_specialize=["columns", "tokens"], do_not_specialize_on_alignment=["past", "block_table", "positions"]
-)
+@triton.jit(do_not_specialize=["columns", "least"], do_not_specialize_on_alignment=["past", "block_table", "positions"])
 def decode_attention(
     qkv: tl.tensor,
     key_cache: tl.tensor,
@@ -144,7 +144,7 @@ def decode_attention(
     scratch: tl.tensor,
     tickets: tl.tensor,
     columns: tl.tensor,
-    tokens: tl.tensor,
+    least: tl.tensor,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -163,19 +163,20 @@ def decode_attention(
 ) -> None:
     """Program (head tile, split, sequence); grid [KV_HEADS * tiles, splits, B], shapes as PagedDecodeAttention's.
 
-    block_table has `columns` columns, a split `tokens` tokens, a multiple of TILE, which divides PAGE. int8 caches come
-    with scales, others with None. DOT is the type that is multiplied. scratch and tickets int32 [B, head tiles] are
-    used if SPLIT. CHANNELS is HEAD_DIM's next power of 2, WIDE the channels of a thread that merges.
+    block_table has `columns` columns; a split has `least` tokens or more, no fewer than TILE, which divides PAGE. int8
+    caches come with scales, others with None. DOT is the type that is multiplied. scratch and tickets int32 [B, head
+    tiles] are used if SPLIT. CHANNELS is HEAD_DIM's next power of 2, WIDE the channels of a thread that merges.
     """
     CACHE: tl.constexpr = key_cache.dtype.element_ty
     TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     head_tile, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head, first_row = head_tile // TILES, head_tile % TILES * ROWS
-    start = split * tokens
+    start = split * TILE
     table = block_table + row.to(tl.int64) * columns
     block = tl.load(table + start // PAGE)
     held = tl.load(past + row)
-    if start > held:
+    splits = tl.minimum(tl.num_programs(1), held // least + 1)
+    if split >= splits:
         return
     keys = _read(key_cache, block, start, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
     values = _read(value_cache, block, start, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
@@ -213,7 +214,7 @@ def decode_attention(
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     masses = tl.zeros([ROWS, TILE], tl.float32)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
-    if start + tokens > held:  # the new token's place is in this split
+    if held // TILE % splits == split:  # the new token's place is in this split
         new = packed + (GROUP * KV_HEADS + head + rows[:, None] * 0) * HEAD_DIM
         key = turned(new, inside, key_norm, cos, sin, HEAD_DIM, EPSILON)
         value = tl.load(new + KV_HEADS * HEAD_DIM + channel, mask=inside, other=0.0)
@@ -230,8 +231,8 @@ def decode_attention(
         total = _repeated(value.to(tl.float32))
     scale = _repeated(scale)
 
-    first, end = start, tl.minimum(start + tokens, held)
-    while first < end:
+    first = start
+    while first < held:
         if WHOLE:
             turned_keys = tl.trans(_bytes(keys))
             scores = tl.dot(fine, turned_keys, out_dtype=tl.int32).to(tl.float32) * (1.0 / FINE)
@@ -239,21 +240,20 @@ def decode_attention(
         else:
             scores = tl.dot(queries, tl.trans(_channels(keys, CACHE).to(DOT)))
         scores *= scale[:, None]
-        scores = tl.where((first + tl.arange(0, TILE) < end)[None, :], scores, -float("inf"))
-        first += TILE
-        block = tl.load(table + first // PAGE, mask=first < end, other=0)
-        keys = _read(key_cache, block, first, end, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
+        scores = tl.where((first + tl.arange(0, TILE) < held)[None, :], scores, -float("inf"))
+        first += splits * TILE
+        block = tl.load(table + first // PAGE, mask=first < held, other=0)
+        keys = _read(key_cache, block, first, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         older = tl.exp2(peak - higher)[:, None]
         masses = masses * older + weights
         total = total * older + tl.dot(weights.to(DOT), _channels(values, CACHE).to(DOT))
-        values = _read(value_cache, block, first, end, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
+        values = _read(value_cache, block, first, held, head, TILE, PAGE, KV_HEADS, HEAD_DIM, CHANNELS)
         peak = higher
     mass = tl.sum(masses, 1)
 
     target = out + row.to(tl.int64) * (GROUP * KV_HEADS * HEAD_DIM) + (head * GROUP + first_row) * HEAD_DIM
-    splits = held // tokens + 1
     if SPLIT and splits > 1:
         ticket = row * tl.num_programs(0) + head_tile
         units = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2)

@@ -11,10 +11,9 @@ from engine.kernels.attention.decode import decode_attention
 from engine.kernels.attention.parameters import (
     AttentionParameters,
     AttentionTile,
-    Split,
     default_tile,
     power_of_2,
-    split_context,
+    splits_of,
 )
 from engine.kernels.overlap import early, launch_options
 from engine.kernels.pointer import Tensor
@@ -43,17 +42,19 @@ class PagedDecodeAttention:
         self._multiprocessors = multiprocessors
         self._tile = tile
 
-    def cut(self, batch: int, context: int, page: int, *, int8: bool) -> tuple[AttentionTile, Split]:
-        """How the kernel is cut for sequences whose block table has room for `context` tokens, in blocks of `page`."""
+    def cut(self, batch: int, context: int, page: int, *, int8: bool) -> tuple[AttentionTile, int]:
+        """How the kernel is cut for sequences whose block table has room for `context` tokens, in blocks of `page`, and
+        how many programs share a sequence."""
         chip = self._multiprocessors
         tile = self._tile or default_tile(self.parameters, batch, chip, int8=int8)
-        tile = replace(tile, tokens=min(tile.tokens, page))
-        return tile, split_context(self.parameters, tile, batch, context, chip)
+        tokens = min(tile.tokens, page)
+        tile = replace(tile, tokens=tokens, least=max(tile.least, tokens))
+        return tile, splits_of(self.parameters, tile, batch, context, chip)
 
     def scratch_bytes(self, batch: int, context: int, page: int, *, int8: bool) -> int:
         """What a call takes of the workspace. The largest batch is not the one that takes most: ask for each."""
-        _, split = self.cut(batch, context, page, int8=int8)
-        return bytes_of((self._scratch_size(batch, split), torch.float32)) if split.count > 1 else 0
+        _, splits = self.cut(batch, context, page, int8=int8)
+        return bytes_of((self._scratch_size(batch, splits), torch.float32)) if splits > 1 else 0
 
     def __call__(
         self,
@@ -88,26 +89,26 @@ class PagedDecodeAttention:
         parameters, (batch, columns), page = self.parameters, block_table.shape, key_cache.shape[1]
         if not batch:
             return
-        tile, split = self.cut(batch, columns * page, page, int8=key_scale is not None)
+        tile, splits = self.cut(batch, columns * page, page, int8=key_scale is not None)
         with self._workspace.scope():
             scratch = None
-            if split.count > 1:
-                scratch = self._workspace.take((self._scratch_size(batch, split),), torch.float32)
+            if splits > 1:
+                scratch = self._workspace.take((self._scratch_size(batch, splits),), torch.float32)
             overlaps = early()
-            grid = (parameters.kv_heads * parameters.head_tiles, split.count, batch)
+            grid = (parameters.kv_heads * parameters.head_tiles, splits, batch)
             decode_attention[grid](
                 qkv, key_cache, value_cache, past, block_table, cosine, sine,
                 positions, query_norm, key_norm, key_scale, value_scale, out, scratch, self._workspace.tickets,
-                columns, split.tokens,
-                **constants(parameters, tile, qkv.dtype, key_cache.dtype, page, split=split.count > 1),
+                columns, tile.least,
+                **constants(parameters, tile, qkv.dtype, key_cache.dtype, page, split=splits > 1),
                 EARLY=overlaps, num_warps=tile.warps, num_stages=1, maxnreg=tile.registers,
                 **launch_options(early=overlaps),
             )  # fmt: skip
 
-    def _scratch_size(self, batch: int, split: Split) -> int:
+    def _scratch_size(self, batch: int, splits: int) -> int:
         """Values in float32: see `leave`."""
         parameters = self.parameters
-        units = batch * parameters.kv_heads * parameters.head_tiles * split.count
+        units = batch * parameters.kv_heads * parameters.head_tiles * splits
         return units * parameters.kept_rows * (parameters.head_dim + 1)
 
     def _check(

@@ -64,8 +64,8 @@ class AttentionParameters:
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
     """How the kernel is cut: `tokens` are read at once (a power of 2) by `warps` warps of at most `registers` a thread;
-    a split has `least` tokens or more, and there are about `programs` of them to a multiprocessor; `merged` splits (a
-    power of 2) are read at once in the end.
+    a split has `least` tokens or more, which are no fewer, and there are about `programs` of them to a multiprocessor;
+    `merged` splits (a power of 2) are read at once in the end.
     """
 
     tokens: int
@@ -93,7 +93,7 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
     if 16 * units <= multiprocessors:
         return AttentionTile(tokens=64, least=128, programs=1, merged=_merged(16384, kept))
     if 5 * units <= multiprocessors:
-        return AttentionTile(tokens=128, warps=8, programs=1, merged=_merged(2048, kept))
+        return AttentionTile(tokens=128, warps=8, least=128, programs=1, merged=_merged(8192, kept))
     if 4 * units <= 3 * multiprocessors:
         return AttentionTile(tokens=16, warps=1, programs=12 if int8 else 8, merged=_merged(4096, kept))
     if int8 and width >= 64:
@@ -110,26 +110,17 @@ def _merged(values: int, kept: int) -> int:
     return min(32, max(1, values // kept))
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Of a context: `count` programs with `tokens` tokens each."""
-
-    count: int
-    tokens: int
-
-
-def split_context(
+def splits_of(
     parameters: AttentionParameters, tile: AttentionTile, batch: int, context: int, multiprocessors: int
-) -> Split:
-    """The context [tokens] of the longest of `batch` sequences, for a grid that is the same whatever their lengths.
+) -> int:
+    """Programs that share a sequence, for a grid that is the same whatever the lengths of `batch` sequences, of which
+    the longest may come to `context` tokens.
 
-    Enough programs to fill the device when the sequences are half as long as the context, none too long, and never
-    more than a merge can bear. It depends on nothing that changes inside a captured graph.
+    Enough programs to fill the device, none with too many tokens, and never more than a merge can bear. It depends on
+    nothing that changes inside a captured graph.
     """
     sequences = batch * parameters.kv_heads * parameters.head_tiles
-    wanted = max(tile.programs * multiprocessors // sequences, -(-context // _LONGEST_SPLIT))
-    count = max(1, min(wanted, MOST_SPLITS, -(-context // tile.least)))
     if sequences > TICKETS:  # enough to do without splits
-        count = 1
-    tokens = -(-context // (count * tile.tokens)) * tile.tokens
-    return Split(-(-context // tokens), tokens)
+        return 1
+    wanted = max(tile.programs * multiprocessors // sequences, -(-context // _LONGEST_SPLIT))
+    return max(1, min(wanted, MOST_SPLITS, -(-context // tile.least)))

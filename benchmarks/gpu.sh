@@ -129,8 +129,11 @@ run_all() {
     measure prefill 1 240 prefill --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,8 --context 512,1024,2048
     measure prefill-int8-fused 1 240 prefill --shape $qwen "${place[@]}" "${fused[@]}" --batch 1,8 \
         --context 512,1024,2048 --profile # against `prefill`
-    measure vision 1 240 vision --shape $qwen "${place[@]}" "${fp16[@]}" --batch 1,4,8,16 --image-size 640x480
-    measure vision-smolvlm-256m 1 180 vision --shape smolvlm-256m "${place[@]}" "${fp16[@]}" --batch 1,4
+    measure vision 1 240 vision --shape $qwen "${place[@]}" "${stock[@]}" --batch 1,2,4,8,16 --image-size 640x480
+    measure vision-int8-fused 1 240 vision --shape $qwen "${place[@]}" "${fused[@]}" --batch 1,2,4,8,16 \
+        --image-size 640x480 # against `vision`
+    measure vision-smolvlm-256m 1 180 vision --shape smolvlm-256m "${place[@]}" "${stock[@]}" --batch 1,4
+    measure vision-smolvlm-256m-int8-fused 1 180 vision --shape smolvlm-256m "${place[@]}" "${fused[@]}" --batch 1,4
     measure start 1 240 start --shape $qwen "${place[@]}" --precision int8 # forgets what was tuned, and tunes again
     decode rival 400 $qwen "${stock[@]}" --batch 1,32 --steps 32 --rival transformers
     measure ttft 1 240 ttft --shape $qwen "${place[@]}" "${fp16[@]}"

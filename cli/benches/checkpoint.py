@@ -40,7 +40,7 @@ def ensure_checkpoint(shape: str, part: Part, storage: Path) -> str:
     """
     if shape == BUNDLED:
         return BUNDLED
-    name = shape if part == "whole" else f"{shape}-decoder-{part}"
+    name = {"whole": shape, "tower": f"{shape}-tower"}.get(part, f"{shape}-decoder-{part}")
     folder = models_folder(storage) / name
     if not folder.exists():
         config = shape_config(shape, part)

@@ -222,19 +222,20 @@ def open_bench(
     values |= {**settings_from(arguments), "storage": storage, "cache_enabled": False}
     steps = StepLog()
     config = EngineConfig.from_mapping(values)
-    opened = open_cuda or (_open_all_int8 if config.kernel_fusion == "on" else None)
+    opened = open_cuda or (open_all_int8 if config.kernel_fusion == "on" else None)
     with contextlib.closing(Engine(config, on_step=steps, open_cuda=opened)) as engine:
         yield Bench(engine, engine.load(name), steps, Prompts(engine, name, arguments.seed))
 
 
-def _open_all_int8(name: str, artifact: Artifact, config: EngineConfig, index: int) -> Replica:
+def open_all_int8(name: str, artifact: Artifact, config: EngineConfig, index: int, *, tuning: bool = True) -> Replica:
+    """A replica whose operators of our own, if the setting wants them, round all activations."""
     import torch
 
     from engine.runners.fusion import Parts, wanted_fusion
     from engine.runners.open_cuda import open_cuda
 
     wanted = wanted_fusion(artifact, config, torch.device("cuda", index))
-    return open_cuda(name, artifact, config, index, Parts(wanted))
+    return open_cuda(name, artifact, config, index, Parts(wanted, tuning=tuning))
 
 
 def decoder_spec(model: str, storage: Path) -> DecoderSpec:

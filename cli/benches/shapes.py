@@ -11,7 +11,7 @@ from engine.errors import InvalidConfig
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "shapes"
 BUNDLED = "demo"  # its weights are there; it stands in for a shape where there is no GPU
 
-Part = Literal["whole", "plain", "mrope"]
+Part = Literal["whole", "plain", "mrope", "tower"]
 _TEXT_MODELS = {
     "qwen2_vl": ("qwen2", "Qwen2ForCausalLM"),
     "qwen2_5_vl": ("qwen2", "Qwen2ForCausalLM"),
@@ -19,6 +19,7 @@ _TEXT_MODELS = {
     "idefics3": ("llama", "LlamaForCausalLM"),
 }
 _NOT_TEXT = ("vision_config", "rope_scaling", "architectures")
+_FEWEST_LAYERS = 3  # of a decoder: Qwen3-VL's tower gives features to so many
 _SMALLEST_TOWER = {"depth": 1, "embed_dim": 64, "num_heads": 1}
 
 
@@ -27,17 +28,21 @@ def shape_names() -> list[str]:
 
 
 def shape_config(name: str, part: Part) -> dict[str, Any]:
-    """`config.json` of a shape, or of its decoder alone.
+    """`config.json` of a shape, or of its decoder or tower alone.
 
     "plain" is the decoder as a text model with one rotary position per token. "mrope" keeps the three positions of
-    the Qwen-VL decoders, which need a tower to be an architecture of their own: the smallest that is one. Raises
-    InvalidConfig for an unknown shape, or one whose positions were never of three axes.
+    the Qwen-VL decoders, which need a tower to be an architecture of their own: the smallest that is one. "tower" is
+    the tower with the first layers of its decoder. Raises InvalidConfig for an unknown shape, or one whose positions
+    were never of three axes.
     """
     if name not in shape_names() or name == BUNDLED:
         raise InvalidConfig(f"unknown shape {name!r}; known shapes: {', '.join(shape_names())}")
     config: dict[str, Any] = json.loads((FOLDER / name / "config.json").read_text(encoding="utf-8"))
     if part == "plain":
         return _text_model(config)
+    if part == "tower":
+        few = {"num_hidden_layers": _FEWEST_LAYERS}
+        return config | ({"text_config": config["text_config"] | few} if "text_config" in config else few)
     return config if part == "whole" else _smallest_tower(name, config)
 
 

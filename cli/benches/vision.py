@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from cli.benches import limits, options, pixels
-from cli.benches.in_process import Bench, open_bench, storage_folder
+from cli.benches.in_process import Bench, open_all_int8, open_bench, storage_folder
 from cli.benches.report import Report, Row, attempt
 from cli.measured import distribution
 from engine.preprocess import ImageInput
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=options.size, default="640x480", help="pixels (default: 640x480)")
     parser.add_argument("--image-format", choices=["jpeg", "png"], default="jpeg")
     parser.add_argument("--rounds", type=int, default=8, help="measurements per row (default: 8)")
+    parser.add_argument("--no-tuning", action="store_true", help="tiles that were measured before, or the default ones")
     parser.add_argument("--pixels-only", action="store_true", help="only image files to pixels, which needs no weights")
     parser.add_argument("--images", type=int, default=48, help="image files per preprocessing row (default: 48)")
 
@@ -54,9 +55,10 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 
 def _measure_tower(arguments: argparse.Namespace, images: Sequence[ImageInput]) -> Report:
+    untuned = partial(open_all_int8, tuning=False)
     with (
         storage_folder(arguments) as storage,
-        open_bench(arguments, storage, "whole", {}, context=64, batch=1) as bench,
+        open_bench(arguments, storage, "tower", {}, 64, 1, untuned if arguments.no_tuning else None) as bench,
     ):
         rates = limits.measure_rates(bench.device, bench.model.artifact.precision)
         rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def _weights(shape: str, part: Part) -> int:
 )
 def test_a_shape_has_as_many_weights_as_was_published(shape: str, part: Part, billions: float) -> None:
     assert _weights(shape, part) / BILLION == pytest.approx(billions, abs=0.002)
+
+
+def test_a_tower_alone_is_the_whole_shapes() -> None:
+    for shape in ("qwen2-vl-2b", "qwen2.5-vl-7b", "qwen3-vl-2b", "smolvlm-256m"):
+        whole, alone = _spec(shape, "whole"), _spec(shape, "tower")
+        assert alone.vision == whole.vision
+        assert alone.decoder == replace(whole.decoder, layers=3)
 
 
 def test_a_decoder_alone_has_the_same_layers_with_either_rotary() -> None:

@@ -183,6 +183,8 @@ class CpuRunner:
         for sequence, token in zip(sequences, tokens, strict=True):
             if token != NO_TOKEN:
                 sequence.sampler.commit(token)
+            elif sequence.sampler.grammar is not None:
+                sequence.sampler.grammar.find_problem()
         return tokens
 
     def _prefill(self, part: _Prefill) -> NDArray[np.float32]:

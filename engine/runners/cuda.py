@@ -295,8 +295,11 @@ class PendingStep:
             self.waited_s = time.perf_counter() - waiting_s
             for place in self._constrained:
                 grammar, token = self.sequences[place].sampler.grammar, self._tokens[place]
-                if grammar is not None and token != NO_TOKEN:
+                assert grammar is not None
+                if token != NO_TOKEN:
                     grammar.commit(token)
+                else:
+                    grammar.find_problem()
         return self._tokens
 
 

@@ -45,6 +45,7 @@ class Matcher:
         self.state = state
         self.vocabulary = vocabulary
         self._numerals = Numerals()
+        self.problem = ""  # why nothing can follow, once that was asked and is so
 
     def refine(self, words: Words) -> None:
         """Take out of the grammar's mask [words] what makes a number too long, and all where the grammar gave up."""
@@ -55,15 +56,13 @@ class Matcher:
             if shorter.any():
                 words[:] = shorter
 
-    @property
-    def problem(self) -> str:
-        """Why nothing can follow here; empty where something can. Makes a mask."""
+    def find_problem(self) -> None:
+        """No token was chosen here: says in `problem` why, unless the grammar allows some."""
         nothing = not masks([self]).any()
         if self.state.is_error():
-            return f"the JSON schema is too complex: {_sentence(self.state.get_error())}"
-        if nothing:
-            return "no token of the model's vocabulary can go on with the JSON that the schema asks for here"
-        return ""
+            self.problem = f"the JSON schema is too complex: {_sentence(self.state.get_error())}"
+        elif nothing:
+            self.problem = "no token of the model's vocabulary can go on with the JSON that the schema asks for here"
 
     def commit(self, token: int) -> None:
         """Take in the token that was chosen; after the end of the grammar, nothing."""

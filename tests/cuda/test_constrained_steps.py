@@ -17,6 +17,7 @@ from engine.runners import cuda
 from engine.runtime.cuda.decoder import PagedDecoder
 from engine.sampling import masks
 from engine.sampling.device import DeviceSampler
+from engine.sampling.grammar import Matcher, Words
 from engine.stats import StepRecord
 from tests.cuda.conftest import StartOnGpu
 from tests.cuda.fake_device import FakeGpu
@@ -78,6 +79,36 @@ def test_constrained_sequences_that_are_set_back_go_on_where_they_were(on_gpu: S
     for answer in [ask(engine, one) for one in requests]:
         fits(answer.wait(), schema)
     assert any(outputs), "no constrained sequence with output was set back"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_output_that_cannot_go_on_says_so_and_its_neighbours_do(
+    on_gpu: StartOnGpu, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    engine = on_gpu(FakeGpu(blocks=256), device=device)
+    refine = Matcher.refine
+
+    def stuck(matcher: Matcher, words: Words) -> None:
+        refine(matcher, words)
+        if b"stuck" in spelt.get(matcher, b""):
+            words.fill(0)
+
+    def commit(matcher: Matcher, token: int) -> None:
+        spelt[matcher] = spelt.get(matcher, b"") + matcher.vocabulary.token_bytes(token)
+        committed(matcher, token)
+
+    spelt: dict[Matcher, bytes] = {}
+    committed = Matcher.commit
+    monkeypatch.setattr(Matcher, "refine", stuck)
+    monkeypatch.setattr(Matcher, "commit", commit)
+    answers = [
+        ask(engine, request("list", model="tiny-qwen2-vl", json_schema=json.dumps({"const": text}), max_tokens=50))
+        for text in ("here it is stuck, for good", "and here it is not, so far")
+    ]
+    error = answers[0].wait().error
+    assert error is not None
+    assert "no token of the model's vocabulary can go on with the JSON" in str(error)
+    assert answers[1].wait().text == '"and here it is not, so far"'
 
 
 def test_a_step_is_enqueued_before_the_last_ones_tokens_are_awaited_for_its_masks(

@@ -1,4 +1,4 @@
-"""The operators of engine/graphs/cuda/fused.py: a node's parameters and tensors become launches."""
+"""The operators of engine/graphs/cuda/fused.py and fused_tower.py: a node's parameters and tensors become launches."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ def open_encoder(
     `register` makes operators of our own known to the session. Raises torch.OutOfMemoryError.
     """
     weights = DeviceWeights(artifact, device)
-    waits = activations == "float32"
+    waits, ours = activations == "float32", register if fusion.tower else None
 
     def open_session(graph: CudaGraph) -> CudaSession:
-        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, register, waits=waits)
+        return CudaSession(graph, weights.upload(graph.weights), artifact.folder, device, ours, waits=waits)
 
     if fusion.tower and choose_inputs is not None:
         fusion = replace(fusion, float_inputs=fusion.float_inputs | choose_inputs(open_session))

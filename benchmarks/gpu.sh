@@ -130,8 +130,6 @@ run_all() {
     measure prefill-int8-fused 1 240 prefill --shape $qwen "${place[@]}" "${fused[@]}" --batch 1,8 \
         --context 512,1024,2048 --profile # against `prefill`
     measure vision 1 240 vision --shape $qwen "${place[@]}" "${stock[@]}" --batch 1,2,4,8,16 --image-size 640x480
-    measure vision-int8-fused 1 240 vision --shape $qwen "${place[@]}" "${fused[@]}" --batch 1,2,4,8,16 \
-        --image-size 640x480 # against `vision`
     measure vision-smolvlm-256m 1 180 vision --shape smolvlm-256m "${place[@]}" "${stock[@]}" --batch 1,4
     measure vision-smolvlm-256m-int8-fused 1 180 vision --shape smolvlm-256m "${place[@]}" "${fused[@]}" --batch 1,4
     measure start 1 240 start --shape $qwen "${place[@]}" --precision int8 # forgets what was tuned, and tunes again

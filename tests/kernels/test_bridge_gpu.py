@@ -24,7 +24,7 @@ COLUMNS = 256
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def scale_columns(x: Any, weight: Any, y: Any, factor: float, COLUMNS: tl.constexpr) -> None:
+def scale_columns(x: tl.tensor, weight: tl.tensor, y: tl.tensor, factor: tl.tensor, COLUMNS: tl.constexpr) -> None:
     columns = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * COLUMNS
     value = tl.load(x + row + columns) * tl.load(weight + columns) * factor

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import KernelsUnavailable
 from engine.graphs.cuda.fused import STOCK, Fusion
 from engine.runners.fusion import Parts, open_fusion, wanted_fusion
+from engine.spec import QwenVisionSpec, SiglipSpec
 
 pytest.importorskip("triton")
 from engine.kernels import bridge, operators, tuning
@@ -112,6 +113,7 @@ def test_auto_takes_our_operators_where_they_were_measured(
     artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B, vision=None), precision=precision)
     config = EngineConfig(kernel_fusion=setting)
     assert wanted_fusion(artifact, config, torch.device("cuda", 0)) == wanted
-    artifact.spec.vision = object()
-    with_tower = wanted_fusion(artifact, config, torch.device("cuda", 0))
-    assert with_tower == replace(wanted, tower=wanted.linear), "a tower does as the decoder"
+    for kind, few_rows in ((SiglipSpec, False), (QwenVisionSpec, True)):
+        artifact.spec.vision = object.__new__(kind)
+        with_tower = wanted_fusion(artifact, config, torch.device("cuda", 0))
+        assert with_tower == replace(wanted, tower=wanted.linear and not few_rows)

@@ -9,6 +9,7 @@ from engine.kernels.workspace import TICKETS
 
 ROWS = 16  # query heads of a program: the least that tensor cores multiply at once
 MOST_SPLITS = 64  # a merge reads all of a sequence's splits, on one multiprocessor
+_FEW_ROWS = 2  # query heads of a program
 _LONGEST_SPLIT = 2048  # tokens; among short sequences a long one would hold up the step
 
 
@@ -77,13 +78,13 @@ class AttentionTile:
 
 
 def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: int, *, int8: bool) -> AttentionTile:
-    """Measured on an H100 for 12 query and 2 key heads of 128 channels in 16 bits, 1,026 tokens, 1 to 128 sequences, by
-    how many programs there are without splits. The fewer of them, the more a launch waits for a chain of loads and for
-    the merge of its splits, and the more warps and the fewer splits it has. From half a program to a multiprocessor on
-    there are many small ones, which keep memory busy; with two, splits cost more than they fill.
+    """Measured on an H100 for heads of 128 channels, 6 and 2 query heads to a key head, 1,000 tokens, 1 to 128
+    sequences, between the products of a layer, by how many programs there are without splits. The fewer of them, the
+    more a launch waits for a chain of loads and for the merge of its splits, and the more warps and the fewer splits it
+    has; with many, splits cost more than they fill.
 
-    int8 caches take the same, but for many sequences, measured likewise, with 8 key heads too: a token's bytes are half
-    as many, and instructions widen them, so twice as many warps share them.
+    int8 caches take the same, but for many sequences: a token's bytes are half as many, and instructions widen them. So
+    twice as many warps share them, or where few query heads leave a program little else to do, many small programs.
     """
     width = power_of_2(parameters.head_dim)
     kept = parameters.kept_rows * width
@@ -93,15 +94,21 @@ def default_tile(parameters: AttentionParameters, batch: int, multiprocessors: i
     if 16 * units <= multiprocessors:
         return AttentionTile(tokens=64, least=128, programs=1, merged=_merged(16384, kept))
     if 5 * units <= multiprocessors:
-        return AttentionTile(tokens=128, warps=8, least=128, programs=1, merged=_merged(8192, kept))
+        return AttentionTile(tokens=64, warps=8, least=128, programs=1, merged=_merged(8192, kept))
     if 4 * units <= 3 * multiprocessors:
-        return AttentionTile(tokens=16, warps=1, programs=12 if int8 else 8, merged=_merged(4096, kept))
+        if int8:
+            return AttentionTile(tokens=16, warps=1, programs=12, merged=_merged(4096, kept))
+        return AttentionTile(tokens=32, warps=2, programs=4, merged=_merged(8192, kept))
     if int8 and width >= 64:
         if units <= multiprocessors:
             return AttentionTile(tokens=128, warps=8, least=128, programs=1, merged=_merged(8192, kept))
+        if parameters.kept_rows <= _FEW_ROWS:
+            return AttentionTile(tokens=16, warps=2, programs=8, merged=_merged(2048, kept))
         return AttentionTile(tokens=64, warps=8, least=128, programs=3, merged=_merged(8192, kept))
     if 2 * units <= 3 * multiprocessors:
         return AttentionTile(tokens=32, warps=2, programs=6, merged=_merged(8192, kept))
+    if parameters.kept_rows <= _FEW_ROWS:
+        return AttentionTile(tokens=32, warps=2, programs=4, merged=_merged(2048, kept))
     return AttentionTile(tokens=64, least=128, programs=3, merged=_merged(16384, kept))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cli import perplexity
+from cli.machine import card
 from cli.settings import add_engine_settings, settings_from
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -153,5 +154,6 @@ def report(arguments: argparse.Namespace, precision: str, result: Score, seconds
             "accuracy": result.accuracy,
             "interval_95": result.interval,
             "seconds": round(seconds, 2),
+            "machine": card(),
         }
         print(json.dumps(fields))

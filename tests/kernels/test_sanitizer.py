@@ -28,16 +28,6 @@ def run(*before: str, **environment: str) -> str:
     return done.stdout
 
 
-def hazards(said: str) -> list[str]:
-    """What racecheck found, but for several threads' stores of one instruction to one place: those are the copies of
-    one value that Triton keeps in threads where a tensor has fewer values than a program has threads, and writes from
-    all of them when another layout reads it.
-    """
-    pattern = r"Race reported between (\w+) access at (.+)\n=+\s+and (\w+) access at (.+?)(?: \[|$)"
-    found = re.findall(pattern, said, flags=re.MULTILINE)
-    return [" / ".join(one) for one in found if one[:2] != one[2:] or one[0] != "Write"]
-
-
 def kernels() -> set[str]:
     """Functions that a grid is launched of: those whose programs ask which one they are."""
     found = set()
@@ -53,20 +43,6 @@ def test_the_list_has_every_kernel() -> None:
     said = set(re.findall(r"\w+", run(TRITON_INTERPRET="1")))
     assert len(kernels()) >= 8
     assert kernels() <= said
-
-
-def test_copies_of_a_value_are_no_hazard_and_everything_else_is() -> None:
-    said = """
-========= Error: Race reported between Write access at decode_attention+0x4700 in merge.py:72
-=========     and {} [90 hazards]
-========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
-"""
-    assert hazards(said.format("Write access at decode_attention+0x4700 in merge.py:72")) == []
-    for other in (
-        "Write access at decode_attention+0x4710 in merge.py:72",
-        "Read access at decode_attention+0x4700 in x",
-    ):
-        assert len(hazards(said.format(other))) == 1
 
 
 @cache
@@ -85,10 +61,4 @@ def test_a_sanitizer_finds_nothing(tool: str) -> None:
     said = run(SANITIZER, "--tool", tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     (summary,) = (line for line in said.splitlines() if "SUMMARY" in line)
     print(tool, summary)
-    if tool == "memcheck":
-        assert "SUMMARY: 0 errors" in summary
-    else:
-        assert int(re.findall(r"\d+", summary)[0]) == said.count("Race reported between"), (
-            "all that was found is printed"
-        )
-        assert not hazards(said)
+    assert re.search(r"SUMMARY: 0 (errors|hazards)", summary)

@@ -114,8 +114,8 @@ def _rows(arguments: argparse.Namespace, bench: Bench, rates: limits.Rates, batc
         for sampling in ("greedy", "constrained")
     )
     if "error" not in free and "error" not in constrained:
-        for name, part in (("overhead", "median"), ("overhead_mean", "mean")):
-            constrained[name] = round(constrained["step_ms"][part] / free["step_ms"][part] - 1, 4)
+        for field, part in (("overhead", "median"), ("overhead_mean", "mean")):
+            constrained[field] = round(constrained["step_ms"][part] / free["step_ms"][part] - 1, 4)
     return [free, constrained]
 
 

@@ -67,7 +67,8 @@ def _convert(name: str, settings: dict[str, str], storage: Path) -> Row:
     precision = resolve_precision(config, resolve(config), checkpoint.spec.dtype, wide_activations=wide)
     started = time.perf_counter()
     artifact = open_artifact(checkpoint, precision, storage)
-    (artifact.folder / float_inputs.FILE).unlink(missing_ok=True)
+    for file in (float_inputs.FILE, float_inputs.TOWER_FILE):
+        (artifact.folder / file).unlink(missing_ok=True)
     return {"seconds": round(time.perf_counter() - started, 2), "artifact_mib": artifact.weight_bytes >> 20}
 
 

@@ -123,23 +123,15 @@ def _linear(device: Device) -> Operator:
                 layer(x, weight, scale, bias, norm_weight, norm_bias, residual, y)
                 return
             for start in range(0, x.shape[0], ROWS_AT_ONCE):
-                some, added, result = (_rows(tensor, start) for tensor in (x, residual, y))
-                assert some is not None
-                assert result is not None
-                layer(some, weight, scale, bias, norm_weight, norm_bias, added, result)
+                part = start, min(start + ROWS_AT_ONCE, x.shape[0])
+                added = None if residual is None else rows_of(residual, *part)
+                layer(rows_of(x, *part), weight, scale, bias, norm_weight, norm_bias, added, rows_of(y, *part))
 
         return compute
 
     a = device.activations
     optional = (Input(a, optional=True),) * 4
     return Operator("Linear", (Input(a), Input(torch.int8), Input(torch.float32), *optional), (a,), open_node)
-
-
-def _rows(tensor: Tensor | None, start: int) -> Tensor | None:
-    """ROWS_AT_ONCE of them, or what is left."""
-    if tensor is None:
-        return None
-    return rows_of(tensor, start, min(start + ROWS_AT_ONCE, tensor.shape[0]))
 
 
 def _attention(device: Device, cache: torch.dtype) -> Operator:

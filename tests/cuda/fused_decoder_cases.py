@@ -12,41 +12,26 @@ import numpy as np
 import pytest
 import torch
 
-from engine.graphs.builder import TESSERA
 from engine.graphs.cuda import PARTS, CudaGraph, StepInputs
 from engine.graphs.cuda.fused import Fusion
-from engine.kernels import bridge
-from engine.kernels.operators import Device, decoder_operators, workspace_bytes
-from engine.kernels.tiles import Tiles
-from engine.kernels.workspace import Workspace
+from engine.kernels.operators import workspace_bytes
 from engine.spec import FloatType
 from tests.cuda.cpu_provider import CpuProviderSession
+from tests.cuda.interpreted import MULTIPROCESSORS, TILES, interpreted_session
 from tests.cuda.paged import BLOCK, CONTEXT, SLOTS, STEP_TOKENS, Paged, Part
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import Tiny, make_tiny
 
-CPU = torch.device("cpu")
-MULTIPROCESSORS = 4
 NOISE = {"float16": 5e-3, "bfloat16": 8e-2}
 
 
 def session(
     tiny: Tiny, folder: Path, graph: CudaGraph, weights: dict[str, torch.Tensor], place: Path
 ) -> CpuProviderSession:
-    tiles = Tiles(gemv_rows=0)  # rows are quantised however few they are, as the twins do it
-    dtype, spec = weights["norm.weight"].dtype, tiny.spec.decoder
     needed = workspace_bytes(
-        spec, tiles, MULTIPROCESSORS, rows=STEP_TOKENS, decoding=[(SLOTS, CONTEXT)], block_size=BLOCK
+        tiny.spec.decoder, TILES, MULTIPROCESSORS, rows=STEP_TOKENS, decoding=[(SLOTS, CONTEXT)], block_size=BLOCK
     )
-    device = Device(dtype, Workspace(needed, CPU), tiles, MULTIPROCESSORS)
-    register = partial(
-        bridge.register,
-        domain=TESSERA,
-        operators=decoder_operators(device),
-        provider="CPUExecutionProvider",
-        folder=folder,
-    )
-    return CpuProviderSession(graph, weights, place, register)
+    return interpreted_session(graph, weights, place, folder, weights["norm.weight"].dtype, needed)
 
 
 def logits(paged: Paged, steps: list[list[Part]]) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:

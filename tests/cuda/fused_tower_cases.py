@@ -5,32 +5,27 @@ Run by test_fused_tower.py in a process whose Triton interprets: the graph then 
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.graphs.builder import TESSERA
 from engine.graphs.cuda import CudaGraph
 from engine.graphs.cuda.fused_tower import FusedTowerDialect, TowerLinear
 from engine.graphs.cuda.tower import TowerInputs
 from engine.graphs.cuda.weights import CudaBuilder
-from engine.kernels import bridge, operators
-from engine.kernels.operators import Device, decoder_operators, workspace_bytes
-from engine.kernels.tiles import Tiles
-from engine.kernels.workspace import Workspace
+from engine.kernels import operators
+from engine.kernels.operators import workspace_bytes
 from engine.runners.tower_parts import tower_parts
 from engine.runtime.cuda.session import GraphSession
 from engine.runtime.cuda.weights import DeviceWeights, torch_type
 from engine.spec import FloatType
-from tests.cuda.cpu_provider import CpuProviderSession
+from tests.cuda.interpreted import CPU, MULTIPROCESSORS, TILES, interpreted_session
 from tests.cuda.reference import ReferenceSession
 from tests.cuda.wide_towers import make_wide
 from tests.runtime.cases import relative_error
 from tests.runtime.conftest import Tiny
 
-CPU = torch.device("cpu")
 ROWS = 21
 
 
@@ -65,20 +60,13 @@ def output(session: GraphSession, tiny: Tiny, graph: CudaGraph, activations: Flo
 
 
 def ours(tiny: Tiny, folder: Path, activations: FloatType, float_inputs: tuple[str, ...] = ()) -> torch.Tensor:
-    artifact, tiles = tiny.artifact("int8"), Tiles(gemv_rows=0)
+    artifact = tiny.artifact("int8")
     graph, layers = graph_of(tiny, activations, float_inputs)
     tower = [part.layer for part in tower_parts(layers, tiny.spec.vision)]
-    needed = workspace_bytes(tiny.spec.decoder, tiles, 4, rows=1, decoding=[], block_size=16, tower=tower)
-    device = Device(torch_type(activations), Workspace(needed, CPU), tiles, 4)
-    register = partial(
-        bridge.register,
-        domain=TESSERA,
-        operators=decoder_operators(device),
-        provider="CPUExecutionProvider",
-        folder=folder,
-    )
-    weights = DeviceWeights(artifact, CPU).upload(graph.weights)
-    return output(CpuProviderSession(graph, weights, artifact.folder, register), tiny, graph, activations)
+    needed = workspace_bytes(tiny.spec.decoder, TILES, MULTIPROCESSORS, rows=1, decoding=[], block_size=16, tower=tower)
+    weights, dtype = DeviceWeights(artifact, CPU).upload(graph.weights), torch_type(activations)
+    found = interpreted_session(graph, weights, artifact.folder, folder, dtype, needed)
+    return output(found, tiny, graph, activations)
 
 
 @pytest.mark.parametrize(

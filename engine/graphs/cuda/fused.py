@@ -24,7 +24,8 @@ from engine.graphs.cuda.weights import CudaBuilder
 from engine.graphs.dialect import Residual
 from engine.spec import DecoderSpec
 
-Activation = Literal["none", "silu_gate"]
+Norm = Literal["none", "rms", "layer"]
+Activation = Literal["none", "silu_gate", "gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,8 @@ class FusedLayers:
         ids = builder.input(StepInputs.IDS, np.int32, ["T"])
         slot_tokens = builder.input(StepInputs.SLOT_TOKENS, np.int32, ["S"])
         self._features = features = Features(builder, self._spec)
-        inputs = (ids, slot_tokens, *stored(builder, "embedding"), features.index, features.part(0))
-        return own_node(builder, "TokenEmbedding", *inputs, parameters={})
+        inputs = (ids, slot_tokens, *_stored(builder, "embedding"), features.index, features.part(0))
+        return _node(builder, "TokenEmbedding", *inputs, parameters={})
 
     def norm_linear(self, x: Residual, norm: str, name: str) -> ir.Value:
         return self._linear(x.value, name, norm=norm)
@@ -97,16 +98,16 @@ class FusedLayers:
         activation: Activation = "none",
         residual: ir.Value | None = None,
     ) -> ir.Value:
-        builder = self._builder
-        bias = builder.device_weight(f"{name}.bias") if builder.has(f"{name}.bias") else None
-        gain = builder.device_weight(f"{norm}.weight") if norm else None
-        parameters = {
-            "norm": "rms" if norm else "none",
-            "epsilon": self._spec.norm_eps if norm else 0.0,
-            "activation": activation,
-            "path": "float" if name in self._float_inputs else "auto",
-        }
-        return own_node(builder, "Linear", x, *stored(builder, name), bias, gain, None, residual, parameters=parameters)
+        return linear_node(
+            self._builder,
+            *(x, name),
+            norm="rms" if norm else "none",
+            epsilon=self._spec.norm_eps if norm else 0.0,
+            affine=(self._builder.device_weight(f"{norm}.weight") if norm else None, None),
+            activation=activation,
+            path="float" if name in self._float_inputs else "auto",
+            residual=residual,
+        )
 
 
 class FusedDecodeAttention:
@@ -132,7 +133,7 @@ class FusedDecodeAttention:
             "mrope_section": list(rope.mrope_section) if rope.axes == 3 else [],
             "mrope_interleaved": rope.mrope_interleaved,
         }
-        return own_node(
+        return _node(
             self._builder,
             "PagedDecode",
             *(qkv, *(self._caches.input(part, layer) for part in PARTS)),
@@ -146,13 +147,31 @@ class FusedDecodeAttention:
         """Nothing: the operator writes into its inputs' memory, which nobody else in the graph reads."""
 
 
-def stored(builder: CudaBuilder, name: str) -> tuple[ir.Value, ir.Value]:
+def linear_node(
+    builder: CudaBuilder,
+    x: ir.Value,
+    name: str,
+    *,
+    norm: Norm,
+    epsilon: float,
+    affine: tuple[ir.Value | None, ir.Value | None],
+    activation: Activation,
+    path: Literal["auto", "int8", "float"],
+    residual: ir.Value | None,
+) -> ir.Value:
+    """One layer with the norm before it, of which `affine` are weight and bias, and the activation or sum behind it."""
+    bias = builder.device_weight(f"{name}.bias") if builder.has(f"{name}.bias") else None
+    parameters = {"norm": norm, "epsilon": epsilon, "activation": activation, "path": path}
+    return _node(builder, "Linear", x, *_stored(builder, name), bias, *affine, residual, parameters=parameters)
+
+
+def _stored(builder: CudaBuilder, name: str) -> tuple[ir.Value, ir.Value]:
     """A layer's weight int8 [out, in] and scale float32 [out]."""
     weight, scale = (builder.device_weight(f"{name}.{part}", form="stored") for part in ("weight", "scale"))
     return weight, scale
 
 
-def own_node(builder: CudaBuilder, kind: str, *inputs: ir.Value | None, parameters: dict[str, Any]) -> ir.Value:
+def _node(builder: CudaBuilder, kind: str, *inputs: ir.Value | None, parameters: dict[str, Any]) -> ir.Value:
     """A node of an operator of ours; `parameters` is what the operator's `open` gets."""
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx_ir as ir
 
-from engine.graphs.cuda.fused import own_node, stored
+from engine.graphs.cuda.fused import Activation, Norm, linear_node
 from engine.graphs.cuda.rounded import rounded_where
 from engine.graphs.cuda.tower_dialect import CudaTowerDialect
 from engine.graphs.cuda.weights import CudaBuilder
 from engine.spec import QwenVisionSpec, SiglipSpec
 
 LOAD = 16  # int8 weights that the kernels load at once
-Activation = Literal["none", "silu_gate", "gelu", "gelu_tanh", "quick_gelu"]
-Norm = Literal["none", "rms", "layer"]
 _ACTIVATIONS: dict[str, Activation] = {
     "silu_gate": "silu_gate",
     "gelu": "gelu",
@@ -24,7 +21,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
 }
 _NORMS: dict[str, Norm] = {"LayerNormalization": "layer", "SimplifiedLayerNormalization": "rms"}
-_NO_AFFINE: tuple[ir.Value | None, ...] = (None, None)
+_NO_AFFINE: tuple[ir.Value | None, ir.Value | None] = (None, None)
 
 
 def fits(builder: CudaBuilder, name: str) -> bool:
@@ -83,32 +80,22 @@ class FusedTowerDialect(CudaTowerDialect):
         builder, node = self.builder, x.producer()
         norm, epsilon, affine = _NORMS.get(node.op_type if node else "", "none"), 0.0, _NO_AFFINE
         if node is not None and norm != "none":
-            source, *parts = node.inputs
+            source, weight, *shift = node.inputs
             assert source is not None, "This is a bug: a norm of nothing."
-            x, affine, epsilon = source, (*parts, None)[:2], node.attributes["epsilon"].as_float()
-        bias = builder.device_weight(f"{name}.bias") if builder.has(f"{name}.bias") else None
+            x, affine, epsilon = source, (weight, shift[0] if shift else None), node.attributes["epsilon"].as_float()
         n, k = builder.shape(f"{name}.weight")
-        layer = TowerLinear(name, n, k, norm, epsilon, activation, bias is not None, residual is not None)
-        self.layers.append(layer)
-        return self._node(layer, x, bias, affine, residual)
-
-    def _node(
-        self,
-        layer: TowerLinear,
-        x: ir.Value,
-        bias: ir.Value | None,
-        affine: Sequence[ir.Value | None],
-        residual: ir.Value | None,
-    ) -> ir.Value:
-        """`affine` are the norm's weight and bias."""
-        parameters = {
-            "norm": layer.norm,
-            "epsilon": layer.epsilon,
-            "activation": layer.activation,
-            "path": "float" if layer.name in self._float_inputs else "int8",
-        }
-        inputs = (x, *stored(self.builder, layer.name), bias, *affine, residual)
-        return own_node(self.builder, "Linear", *inputs, parameters=parameters)
+        bias = builder.has(f"{name}.bias")
+        self.layers.append(TowerLinear(name, n, k, norm, epsilon, activation, bias, residual is not None))
+        return linear_node(
+            builder,
+            *(x, name),
+            norm=norm,
+            epsilon=epsilon,
+            affine=affine,
+            activation=activation,
+            path="float" if name in self._float_inputs else "int8",
+            residual=residual,
+        )
 
 
 class RoundedTowerDialect(FusedTowerDialect):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from engine.kernels.overlap import early, launch_options
-from engine.kernels.pointer import Tensor
+from engine.kernels.pointer import Tensor, Tiled
 
 ALIGNED = 16  # bytes; where all pointers are, one compiled kernel serves every call
 
@@ -29,22 +31,37 @@ class Launcher:
     def __call__(
         self,
         grid: tuple[int, int, int],
-        pointers: tuple[Tensor | None, ...],
+        pointers: tuple[Tensor | Tiled | None, ...],
         integers: tuple[int, ...],
         constants: tuple[Hashable, ...],
         options: tuple[tuple[str, int], ...],
     ) -> None:
         """options: num_warps, num_stages and the like. Whatever the arguments, the launch is on the current stream."""
-        addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
-        types = tuple([None if pointer is None else pointer.dtype for pointer in pointers])
+        addresses = [_address(pointer) for pointer in pointers]
+        types = tuple([_type(pointer) for pointer in pointers])
         key = (constants, options, types)
-        aligned = not any(address and address % ALIGNED for address in addresses)
+        aligned = not any(isinstance(address, int) and address % ALIGNED for address in addresses)
         compiled = self._compiled.get(key) if aligned else None
         if compiled is not None:
             compiled[grid](*addresses, *integers, *constants, self._early)
             return
         overlaps = early()
         chosen = dict(options) | launch_options(early=overlaps)
-        compiled = self._kernel[grid](*pointers, *integers, *constants, overlaps, **chosen)
+        described = [_described(pointer) if isinstance(pointer, Tiled) else pointer for pointer in pointers]
+        compiled = self._kernel[grid](*described, *integers, *constants, overlaps, **chosen)
         if aligned:
             self._compiled[key], self._early = compiled, overlaps  # None from Triton's interpreter
+
+
+def _address(pointer: Tensor | Tiled | None) -> int | Tiled | None:
+    """What a compiled kernel is launched with."""
+    return pointer if pointer is None or isinstance(pointer, Tiled) else pointer.data_ptr()
+
+
+def _type(pointer: Tensor | Tiled | None) -> Hashable:
+    """Tiles are constants of their kernels."""
+    return None if pointer is None else pointer.base.dtype if isinstance(pointer, Tiled) else pointer.dtype
+
+
+def _described(matrix: Tiled) -> TensorDescriptor:
+    return TensorDescriptor(*matrix)

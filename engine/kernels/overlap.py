@@ -48,8 +48,13 @@ def launch_options(*, early: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if early else {}
 
 
+def copies_in_bulk(device: torch.device) -> bool:
+    """Whether the device has a copy engine for tiles (cp.async.bulk.tensor)."""
+    return _is_able(device.index)
+
+
 @lru_cache
-def _is_able(device: int) -> bool:
+def _is_able(device: int | None) -> bool:
     return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 

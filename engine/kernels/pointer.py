@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -20,3 +20,17 @@ class Tensor(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def data_ptr(self) -> int: ...
+
+
+class Tiled(NamedTuple):
+    """A matrix of which a kernel has the device's copy engine bring tiles of `block_shape`; zeros lie around it.
+
+    Has what Triton's launcher reads of a TensorDescriptor (triton/tools/tensor_descriptor.py), which takes as long to
+    make as a launch. `base` begins at a multiple of 16 bytes, and so do its rows.
+    """
+
+    base: Tensor
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block_shape: list[int]
+    padding: str = "zero"

@@ -32,11 +32,14 @@ _log = logging.getLogger("engine.kernels")
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What tiles were measured on: their times hold nowhere else. `shared_bytes` is what a program may have."""
+    """What tiles were measured on: their times hold nowhere else. `shared_bytes` is what a program may have, `bulk`
+    whether an engine copies tiles for it.
+    """
 
     name: str
     multiprocessors: int
     shared_bytes: int
+    bulk: bool
     torch: str
     triton: str
     sources: str  # checksum of the kernels
@@ -114,7 +117,8 @@ class TileStore:
     def _choice(self, product: Product, entry: Mapping[str, Any] | None) -> Choice | None:
         if entry is None:
             return None
-        fits = (tile for tile in candidates(product, self._chip.shared_bytes) if asdict(tile) == entry.get("tile"))
+        possible = candidates(product, self._chip.shared_bytes, bulk=self._chip.bulk)
+        fits = (tile for tile in possible if asdict(tile) == entry.get("tile"))
         tile, seconds = next(fits, None), entry.get("seconds")
         positive = isinstance(seconds, float) and 0 < seconds < 1
         return Choice(tile, seconds) if tile is not None and (seconds is None or positive) else None

@@ -28,6 +28,8 @@ AHEAD_BYTES = 256  # of a thread, likewise in registers
 LANE = 16  # weights that a thread loads at once
 WARP = 32 * LANE
 LONG = 256  # a step's depth where few rows leave room for it
+BULK_DEPTH = 128  # bytes of a row that the copy engine spreads over the banks of shared memory
+BULK_ALIGNED = 16  # bytes between two rows, for the copy engine
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class GemvTile:
 @dataclass(frozen=True)
 class GemmTile:
     """A program computes [outputs, tokens] by steps of `depth`, `stages` of them loading; `splits` share a depth. The
-    weights of `ahead` steps are asked for before the rows are there.
+    weights of `ahead` steps are asked for before the rows are there. `bulk`: the copy engine brings both operands.
     """
 
     outputs: int
@@ -68,6 +70,7 @@ class GemmTile:
     warps: int
     stages: int
     ahead: int = 0
+    bulk: bool = False
 
     def tiles(self, rows: int, width: int) -> int:
         return _cdiv(rows, self.tokens) * _cdiv(width, self.outputs)
@@ -82,11 +85,14 @@ def rows_bucket(rows: int) -> int:
 
 
 class Tiles:
-    """Tiles by product: measured ones where there are some, else the defaults."""
+    """Tiles by product: measured ones where there are some, else the defaults. `bulk`: the chip has a copy engine."""
 
-    def __init__(self, measured: Mapping[Product, Tile] | None = None, gemv_rows: int = GEMV_ROWS) -> None:
+    def __init__(
+        self, measured: Mapping[Product, Tile] | None = None, gemv_rows: int = GEMV_ROWS, *, bulk: bool = False
+    ) -> None:
         self._measured = dict(measured or {})
         self.gemv_rows = gemv_rows
+        self._bulk = bulk
 
     def gemv(self, rows: int, n: int, k: int, *, gate: bool) -> GemvTile:
         wanted = Product("gemv", rows_bucket(rows), n, k, gate)
@@ -96,7 +102,7 @@ class Tiles:
     def gemm(self, kernel: Literal["int8", "float"], rows: int, n: int, k: int, *, gate: bool) -> GemmTile:
         wanted = Product(kernel, rows_bucket(rows), n, k, gate)
         tile = self._measured.get(wanted)
-        return tile if isinstance(tile, GemmTile) else default_gemm(wanted)
+        return tile if isinstance(tile, GemmTile) else default_gemm(wanted, bulk=self._bulk)
 
 
 def default_gemv(wanted: Product) -> GemvTile:
@@ -115,7 +121,14 @@ def default_gemv(wanted: Product) -> GemvTile:
     return GemvTile(lines // 2 if wanted.gate else lines, depth, unroll, warps)
 
 
-def default_gemm(wanted: Product) -> GemmTile:
+def takes_bulk(wanted: Product) -> bool:
+    """Whether the copy engine can bring its operands and is worth it: for many rows of int8, where threads that copy
+    would take as long as the tensor cores.
+    """
+    return wanted.kernel == "int8" and wanted.rows > FEW_ROWS and wanted.k % BULK_ALIGNED == 0
+
+
+def default_gemm(wanted: Product, *, bulk: bool = False) -> GemmTile:
     depth = 128 if wanted.kernel == "int8" else 64  # 16-bit rows take twice the shared memory
     if wanted.kernel == "int8" and wanted.rows <= FEW_ROWS and wanted.k % LONG == 0 and not wanted.gate:
         wide = wanted.width >= 256 * MULTIPROCESSORS
@@ -128,9 +141,10 @@ def default_gemm(wanted: Product) -> GemmTile:
         tokens = max(16, wanted.rows)
         tile = GemmTile(outputs, tokens, 128, 1, _warps(outputs, tokens, wanted.gate), 4 if tokens <= 32 else 3)
         return _split(tile, wanted, 2 * MULTIPROCESSORS)
-    tile = GemmTile(128, 128, depth, 1, 8, 3)
+    bulk = bulk and takes_bulk(wanted)
+    tile = GemmTile(128, 128, depth, 1, 8, 3, bulk=bulk)
     if tile.tiles(wanted.rows, wanted.width) < MULTIPROCESSORS or (wanted.gate and wanted.kernel == "float"):
-        tile = GemmTile(64, 128, depth, 1, _warps(64, 128, wanted.gate), 3)
+        tile = GemmTile(64, 128, depth, 1, _warps(64, 128, wanted.gate), 3, bulk=bulk)
         return _split(tile, wanted, MULTIPROCESSORS)
     return tile
 
@@ -150,14 +164,17 @@ def _warps(outputs: int, tokens: int, gate: bool) -> int:
     return 8 if outputs * tokens * (2 if gate else 1) > 64 * 128 else 4
 
 
-def candidates(wanted: Product, shared_bytes: int = SHARED_BYTES) -> Iterator[Tile]:
-    """Tiles worth measuring for a product, the default first, none twice; all fit in so much shared memory."""
-    default: Tile = default_gemv(wanted) if wanted.kernel == "gemv" else default_gemm(wanted)
+def candidates(wanted: Product, shared_bytes: int = SHARED_BYTES, *, bulk: bool = False) -> Iterator[Tile]:
+    """Tiles worth measuring for a product, the default first, none twice; all fit in so much shared memory.
+
+    With `bulk` all those of a product that takes it.
+    """
+    default: Tile = default_gemv(wanted) if wanted.kernel == "gemv" else default_gemm(wanted, bulk=bulk)
     yield default
     if wanted.kernel == "gemv":
         options: list[Tile] = [*_gemv_candidates(wanted)]
     else:
-        options = [*_gemm_candidates(wanted, shared_bytes)]
+        options = [*_gemm_candidates(wanted, shared_bytes, bulk=bulk and takes_bulk(wanted))]
     yield from (tile for tile in dict.fromkeys(options) if tile != default)
 
 
@@ -169,20 +186,21 @@ def _gemv_candidates(wanted: Product) -> Iterator[GemvTile]:
             yield GemvTile(outputs, depth, unroll, warps)
 
 
-def _gemm_candidates(wanted: Product, shared_bytes: int) -> Iterator[GemmTile]:
+def _gemm_candidates(wanted: Product, shared_bytes: int, *, bulk: bool) -> Iterator[GemmTile]:
     parts, x_bytes = (2 if wanted.gate else 1), (1 if wanted.kernel == "int8" else 2)
     most = max(16, min(wanted.rows, 256))  # tokens of a tile; all of them where they are few, or half in short rows
     halved = BESIDE < most <= FEW_ROWS and wanted.k <= 8 * LONG
     least = min(most, FEW_ROWS) // (2 if halved else 1)
     few = wanted.kernel == "int8" and wanted.rows <= BESIDE
     all_outputs = (16, 32, 64, 128) if few and wanted.width < 32 * MULTIPROCESSORS else (64, 128)
-    for outputs, tokens, depth, stages in product(all_outputs, (16, 32, 64, 128, 256), (64, 128, 256), (3, 4)):
+    depths = [depth for depth in (64, 128, 256) if not bulk or depth <= BULK_DEPTH]
+    for outputs, tokens, depth, stages in product(all_outputs, (16, 32, 64, 128, 256), depths, (3, 4)):
         shared = (outputs * parts + tokens * x_bytes) * depth * stages
         if shared > shared_bytes or not least <= tokens <= most or depth >= 2 * wanted.k:
             continue
         for warps in (4, 8):
             if outputs * tokens * parts <= MOST_ACCUMULATORS * warps * 32 and (warps == 4 or tokens >= 64):
-                for tile in _split_candidates(GemmTile(outputs, tokens, depth, 1, warps, stages), wanted):
+                for tile in _split_candidates(GemmTile(outputs, tokens, depth, 1, warps, stages, bulk=bulk), wanted):
                     yield tile
                     if few and (ahead := _most_ahead(tile, wanted)):
                         yield replace(tile, ahead=ahead)

@@ -29,6 +29,7 @@ import triton
 
 from engine.kernels.linear import LinearParameters
 from engine.kernels.linear_bench import Layer, LinearBench, Setting
+from engine.kernels.overlap import copies_in_bulk
 from engine.kernels.search import GAIN, Bench, Choice, Task, search
 from engine.kernels.tile_store import Chip, TileStore
 from engine.kernels.tiles import GEMV_ROWS, MOST_ROWS, Kernel, Product, Tile, Tiles, candidates, rows_bucket
@@ -181,7 +182,7 @@ def tuned_tiles(
         start = time.perf_counter()
         _log.info("tuning kernels for %s, once: this takes up to %.0f s", chip.name, budget)
         with LinearBench(missing, device, dtype, threads=threads, enter_thread=enter_thread) as bench:
-            found = measured(plan, missing, known, bench, chip.shared_bytes, budget=budget, batch=2 * threads)
+            found = measured(plan, missing, known, bench, chip, budget=budget, batch=2 * threads)
         _log.info("tuned %d products in %.0f s", len(found), time.perf_counter() - start)
         return found
 
@@ -192,7 +193,8 @@ def tuned_tiles(
         choices = {}
     finally:
         torch.cuda.empty_cache()
-    return Tiles({product: choice.tile for product, choice in choices.items()}, gemv_rows(plan, choices))
+    tiles = {product: choice.tile for product, choice in choices.items()}
+    return Tiles(tiles, gemv_rows(plan, choices), bulk=chip.bulk)
 
 
 Measure = Callable[[Mapping[Product, Setting], Mapping[Product, Choice]], dict[Product, Choice]]
@@ -224,7 +226,7 @@ def measured(
     missing: Collection[Product],
     known: Mapping[Product, Choice],
     bench: Bench,
-    shared_bytes: int,
+    chip: Chip,
     *,
     budget: float,
     batch: int,
@@ -233,20 +235,20 @@ def measured(
     """A choice for each missing product."""
     start, compared = clock(), plan.compared
     searched = [product for product in missing if product not in compared]
-    tasks = [Task(product, _choices(product, shared_bytes), plan.share(product)) for product in searched]
+    tasks = [Task(product, _choices(product, chip), plan.share(product)) for product in searched]
     found = dict(search(tasks, bench, budget=_CLIMBING * budget, batch=batch, clock=clock))
     tasks = []
     for product in (product for product in compared if product in missing):
-        choices, like = _choices(product, shared_bytes), plan.like(product)
+        choices, like = _choices(product, chip), plan.like(product)
         chosen = found.get(like) or known.get(like)
         same = (chosen.tile,) if chosen and chosen.tile in choices[1:] else ()
         tasks.append(Task(product, (choices[0], *same), plan.share(product)))
     return found | dict(search(tasks, bench, budget=budget - (clock() - start), batch=batch, clock=clock))
 
 
-def _choices(product: Product, shared_bytes: int) -> tuple[Tile, ...]:
+def _choices(product: Product, chip: Chip) -> tuple[Tile, ...]:
     """Of 16-bit rows the default alone: it is compiled for whoever needs it."""
-    choices = tuple(candidates(product, shared_bytes))
+    choices = tuple(candidates(product, chip.shared_bytes, bulk=chip.bulk))
     return choices[:1] if product.kernel == "float" else choices
 
 
@@ -285,6 +287,7 @@ def chip_of(device: torch.device) -> Chip:
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        bulk=copies_in_bulk(device),
         torch=torch.__version__,
         triton=triton.__version__,
         sources=_sources(),

@@ -22,18 +22,20 @@ from engine.kernels.embedding import token_embedding
 from engine.kernels.launch import TritonSampling
 from engine.kernels.linear.layer import LinearParameters
 from engine.kernels.norm import Norm
+from engine.kernels.overlap import copies_in_bulk
 from engine.kernels.tiles import GemmTile, Product, Tiles, rows_bucket
 from engine.request import SamplingParams
 from engine.sampling.device import DeviceSampler
 from tests.kernels import decode_attention_cases, linear_cases, norm_cases
 
-DEVICE = linear_cases.DEVICE
+DEVICE, ON_GPU = linear_cases.DEVICE, linear_cases.ON_GPU
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 ALONE = GemmTile(outputs=64, tokens=16, depth=64, splits=1, warps=4, stages=3)
 SPLIT = GemmTile(outputs=64, tokens=16, depth=64, splits=2, warps=4, stages=3)
 AHEAD = GemmTile(outputs=64, tokens=16, depth=64, splits=1, warps=4, stages=3, ahead=2)
 LARGE = GemmTile(outputs=128, tokens=128, depth=128, splits=1, warps=8, stages=3)
-TILED = {"alone": (ALONE, 21), "split": (SPLIT, 21), "ahead": (AHEAD, 13), "large": (LARGE, 150)}
+BULK = GemmTile(outputs=128, tokens=128, depth=128, splits=1, warps=8, stages=3, bulk=True)
+TILED = {"alone": (ALONE, 21), "split": (SPLIT, 21), "ahead": (AHEAD, 13), "large": (LARGE, 150), "bulk": (BULK, 150)}
 MANY, FEW = AttentionTile(tokens=16, least=16, merged=2), AttentionTile(tokens=64, warps=4)
 Launch = Callable[[], object]
 
@@ -58,10 +60,15 @@ def gemvs() -> Iterator[tuple[str, Launch]]:
 def gemms() -> Iterator[tuple[str, Launch]]:
     for path, (name, (tile, rows)) in itertools.product(("int8", "float"), TILED.items()):
         for norm, activation in (("rms", "silu_gate"), ("none", "none")):
-            if path == "float" and name in ("large", "ahead"):  # they are the int8 rows' alone
+            if path == "float" and name in ("large", "ahead", "bulk"):  # they are the int8 rows' alone
+                continue
+            if tile.bulk and ON_GPU and not copies_in_bulk(DEVICE):
                 continue
             parameters = LinearParameters(1e-6 * (norm != "none"), norm, activation, path)  # type: ignore[arg-type]
-            yield f"gemm: {path} rows, {name}, {activation}", partial(linear, rows, 180, 264, parameters, tile)
+            yield (
+                f"gemm: {path} rows, {name}, {activation}",
+                partial(linear, rows, 180, 272 if tile.bulk else 264, parameters, tile),
+            )
 
 
 def linear(rows: int, n: int, k: int, parameters: LinearParameters, tile: GemmTile | None = None) -> None:

@@ -14,6 +14,7 @@ import torch
 from engine.errors import DeviceOutOfMemory
 from engine.kernels.linear.gemm import gemm
 from engine.kernels.linear.layer import Int8Linear, LinearParameters, Path
+from engine.kernels.overlap import copies_in_bulk
 from engine.kernels.tiles import GemmTile, GemvTile, Product, Tiles, rows_bucket
 from engine.kernels.workspace import Workspace
 
@@ -224,6 +225,33 @@ def test_more_row_tiles_than_a_group_has() -> None:
     inputs = draw(SMALL.tokens * 17 + 3, 20, 32, parameters, torch.float16)
     y = run(inputs, parameters, tiles_of("float", inputs, False, SMALL))
     assert_near(y, reference(inputs, parameters, "float"))
+
+
+@pytest.mark.skipif(ON_GPU and not copies_in_bulk(DEVICE), reason="a GPU without a copy engine for tiles")
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "norm", "activation"),
+    [(37, 50, 96, "none", "none"), (20, 44, 80, "rms", "silu_gate"), (1, 16, 112, "layer", "gelu")],
+)
+def test_tiles_that_the_copy_engine_brings_give_the_same_bits(
+    rows: int, n: int, k: int, norm: Any, activation: Any, splits: int
+) -> None:
+    """Also where a tile reaches beyond rows, outputs or depth, and where gate ends and up begins."""
+    parameters = LinearParameters(1e-6 * (norm != "none"), norm, activation, "int8")
+    inputs = draw(rows, n, k, parameters, torch.float16)
+    tile = dataclasses.replace(SMALL, splits=splits)
+    y = run(inputs, parameters, tiles_of("int8", inputs, parameters.gate, dataclasses.replace(tile, bulk=True)))
+    assert torch.equal(y, run(inputs, parameters, tiles_of("int8", inputs, parameters.gate, tile)))
+    assert_near(y, reference(inputs, parameters, "int8"))
+
+
+@pytest.mark.skipif(not ON_GPU or not copies_in_bulk(DEVICE), reason="a GPU without a copy engine for tiles")
+@pytest.mark.parametrize(("n", "k", "gate"), [(2048, 1536, False), (17920, 1536, True), (1536, 8960, False)])
+@pytest.mark.parametrize("rows", [129, 528, 2056])
+def test_many_rows_in_the_default_tiles_give_the_same_bits(rows: int, n: int, k: int, gate: bool) -> None:
+    parameters = LinearParameters(1e-6, "rms", "silu_gate" if gate else "none", "int8")
+    inputs = draw(rows, n, k, parameters, torch.bfloat16)
+    assert torch.equal(run(inputs, parameters, Tiles(bulk=True)), run(inputs, parameters, Tiles()))
 
 
 def test_int8_sums_are_exact_at_the_largest_depth() -> None:

@@ -10,7 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from engine.kernels.launcher import Launcher
+from engine.kernels.pointer import Tiled
 
 OPTIONS = (("num_warps", 4),)
 
@@ -92,3 +95,15 @@ def test_triton_takes_a_record_of_an_address_for_a_tensor() -> None:
 
     tensor = torch.zeros(64, dtype=torch.bfloat16)
     assert mangle_type(Record(tensor.data_ptr(), torch.bfloat16), True) == mangle_type(tensor, True) == "*bf16"
+
+
+def test_tiles_of_a_matrix_are_described_for_tritons_launch_alone() -> None:
+    kernel, block = Kernel(), [16, 32]
+    launch = Launcher(kernel)
+    matrices = [Tiled(Record(address, torch.int8), (8, 64), (64, 1), block) for address in (256, 512)]
+    for matrix in matrices:
+        launch((3, 1, 1), (matrix, None), (8,), (64,), OPTIONS)
+    ((_, (described, *_), _),) = kernel.compiled
+    assert isinstance(described, TensorDescriptor)
+    assert (described.base, described.shape, described.block_shape) == (matrices[0].base, (8, 64), block)
+    assert kernel.straight == [((3, 1, 1), (matrices[1], None, 8, 64, False))]

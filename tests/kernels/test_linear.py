@@ -138,6 +138,36 @@ def test_weights_are_asked_for_before_the_rows_are_waited_for(
 
 
 @pytest.mark.parametrize(
+    ("rows", "n", "k", "activation"),
+    [
+        (2048, 2048, 1536, "none"),
+        (2048, 17920, 1536, "silu_gate"),
+        (2048, 1536, 8960, "none"),
+        (256, 1536, 1536, "none"),
+    ],
+)
+def test_the_copy_engine_brings_many_rows_once_they_are_there(
+    rows: int, n: int, k: int, activation: str, tmp_path: Path
+) -> None:
+    from engine.kernels.linear.gemm import gemm
+
+    tile = default_gemm(Product("int8", rows, n, k, activation == "silu_gate"), bulk=True)
+    pointers = {"scale": "*fp32", "row_scale": "*fp32", "y": "*bf16"}
+    pointers |= {} if activation == "silu_gate" else {"bias": "*bf16", "residual": "*bf16"}
+    pointers |= {"parts": "*i32", "tickets": "*i32"} if tile.splits > 1 else {}
+    pointers |= {"x": f"tensordesc<i8[{tile.tokens}, {tile.depth}]>"}
+    pointers |= {"weight": f"tensordesc<i8[{tile.outputs}, {tile.depth}]>"}
+    constants = {"N": n, "K": k, "ACTIVATION": activation, "OUTPUTS": tile.outputs, "TOKENS": tile.tokens}
+    constants |= {"DEPTH": tile.depth, "SPLITS": tile.splits, "AHEAD": 0, "BULK": True, "EARLY": True}
+    built = compiled(gemm, pointers, ["rows"], constants, 90, num_warps=tile.warps, num_stages=tile.stages)
+    assert_fits(built, 90, tmp_path)
+    before, after = built.asm["ptx"].split("griddepcontrol.wait")
+    assert "cp.async.bulk.tensor" not in before
+    assert "cp.async.bulk.tensor" in after
+    assert "cp.async.cg" not in built.asm["ptx"], "threads copy nothing themselves"
+
+
+@pytest.mark.parametrize(
     ("rows", "n", "activation"), [(16, 2048, "none"), (32, 17920, "silu_gate"), (64, 2048, "none")]
 )
 def test_the_end_of_a_product_waits_for_nothing_but_its_sums(rows: int, n: int, activation: str) -> None:
@@ -160,16 +190,20 @@ SHAPES = [(2048, 1536, False), (17920, 1536, True), (1536, 8960, False), (151936
 
 @pytest.mark.parametrize(("n", "k", "gate"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 4, 16, 128, 1024, 4096])
-def test_candidates_fit_begin_with_the_default_and_cover_the_depth(rows: int, n: int, k: int, gate: bool) -> None:
+@pytest.mark.parametrize("bulk", [False, True])
+def test_candidates_fit_begin_with_the_default_and_cover_the_depth(
+    rows: int, n: int, k: int, gate: bool, bulk: bool
+) -> None:
     for kernel in ("gemv", "int8", "float") if rows <= 4 else ("int8", "float"):
         wanted = Product(kernel, rows, n, k, gate)
-        tiles = list(candidates(wanted))
-        assert tiles[0] == (default_gemv(wanted) if kernel == "gemv" else default_gemm(wanted))
+        tiles = list(candidates(wanted, bulk=bulk))
+        assert tiles[0] == (default_gemv(wanted) if kernel == "gemv" else default_gemm(wanted, bulk=bulk))
         assert len(set(tiles)) == len(tiles) <= 200
         for tile in tiles:
             if isinstance(tile, GemvTile):
                 assert tile.depth % (16 * 32 * tile.warps) == 0 or k < 512
             else:
+                assert tile.bulk == (bulk and kernel == "int8" and rows > 128)
                 steps = -(-k // tile.depth)
                 assert -(-steps // tile.splits) * (tile.splits - 1) < steps, "no split is without work"
 
@@ -180,6 +214,9 @@ def test_measured_tiles_are_taken_and_others_are_the_default() -> None:
     assert tiles.gemm("int8", 9, 2048, 1536, gate=False) == measured
     assert tiles.gemm("int8", 17, 2048, 1536, gate=False) == default_gemm(Product("int8", 32, 2048, 1536, False))
     assert tiles.gemv(1, 8, 8, gate=False) == default_gemv(Product("gemv", 1, 8, 8, False)), "of the wrong kernel"
+    assert not tiles.gemm("int8", 512, 2048, 1536, gate=False).bulk
+    assert Tiles(bulk=True).gemm("int8", 512, 2048, 1536, gate=False).bulk
+    assert not Tiles(bulk=True).gemm("int8", 512, 2048, 1544, gate=False).bulk, "rows the copy engine cannot find"
 
 
 @pytest.mark.parametrize("path", ["auto", "int8", "float"])

@@ -20,7 +20,7 @@ from engine.kernels.tile_store import MOST_ATTEMPTS, Chip, TileStore
 from engine.kernels.tiles import Product, candidates
 
 ROOT = Path(__file__).parents[2]
-CHIP = Chip("H100", 132, 227 * 1024, "2.11", "3.6", "0123")
+CHIP = Chip("H100", 132, 227 * 1024, True, "2.11", "3.6", "0123")
 GEMV = Product("gemv", 1, 2048, 1536, False)
 GEMM = Product("int8", 32, 17920, 1536, True)
 CHOICES = {GEMV: Choice([*candidates(GEMV)][3], 2.5e-6), GEMM: Choice(next(candidates(GEMM)), None)}

@@ -25,7 +25,7 @@ from engine.kernels.linear_bench import Layer, Setting
 from engine.kernels.tuning import BUDGET_S, Part, Plan, gemv_rows, kept_or_measured, measured, plan_for
 
 CASES = Path(__file__).with_name("tuning_cases.py")
-CHIP = Chip("H100", 132, SHARED_BYTES, "2.11", "3.6", "0123")
+CHIP = Chip("H100", 132, SHARED_BYTES, False, "2.11", "3.6", "0123")
 QWEN2_VL_2B = DecoderSpec(
     layers=28, hidden=1536, heads=12, kv_heads=2, head_dim=128, intermediate=8960, vocab=151936, norm_eps=1e-6,
     rope=RopeSpec((1.0,) * 64), context_length=32768, qkv_bias=True, attention_out_bias=False, mlp_bias=False,
@@ -114,7 +114,7 @@ def test_a_towers_products_are_measured_from_its_usual_rows_on_and_decoding_come
 
 def measure(plan: Plan, times: Callable[[Product, Tile], float | None], **known: object) -> dict[Product, Choice]:
     bench = FakeBench(times)
-    return measured(plan, plan.settings, {}, bench, SHARED_BYTES, budget=BUDGET_S, batch=32, clock=bench.clock)
+    return measured(plan, plan.settings, {}, bench, CHIP, budget=BUDGET_S, batch=32, clock=bench.clock)
 
 
 def preferring(position: int) -> Callable[[Product, Tile], float]:
@@ -137,7 +137,7 @@ def test_every_product_gets_a_choice_that_is_a_candidate_of_it() -> None:
 def test_fewer_rows_than_a_tile_has_take_the_tile_of_16_and_a_time_of_their_own() -> None:
     made = plan()
     bench = FakeBench(lambda product, tile: preferring(1)(product, tile) * product.rows)
-    choices = measured(made, made.settings, {}, bench, SHARED_BYTES, budget=BUDGET_S, batch=32, clock=bench.clock)
+    choices = measured(made, made.settings, {}, bench, CHIP, budget=BUDGET_S, batch=32, clock=bench.clock)
     assert {product.rows for product in made.compared} == {2, 4, 8}
     for product in made.compared:
         assert len({tile for asked, tile in bench.compiled if asked == product}) <= 2
@@ -156,7 +156,7 @@ def test_a_head_of_few_rows_takes_the_tile_of_the_most_that_it_sees() -> None:
 def test_16_bit_rows_are_compiled_in_their_default_tile() -> None:
     made = plan()
     bench = FakeBench(preferring(1))
-    measured(made, made.settings, {}, bench, SHARED_BYTES, budget=BUDGET_S, batch=32, clock=bench.clock)
+    measured(made, made.settings, {}, bench, CHIP, budget=BUDGET_S, batch=32, clock=bench.clock)
     compiled = [(product, tile) for product, tile in bench.compiled if product.kernel == "float"]
     assert {product for product, _ in compiled} == {product for product in made.settings if product.kernel == "float"}
     assert all(tile == next(candidates(product)) for product, tile in compiled)
@@ -167,7 +167,7 @@ def test_the_tile_of_16_may_be_known_from_before() -> None:
     known = measure(made, preferring(1))
     missing = made.compared[:1]
     bench = FakeBench(preferring(1))
-    found = measured(made, missing, known, bench, SHARED_BYTES, budget=BUDGET_S, batch=8, clock=bench.clock)
+    found = measured(made, missing, known, bench, CHIP, budget=BUDGET_S, batch=8, clock=bench.clock)
     assert found == {missing[0]: known[missing[0]]}
 
 
@@ -175,7 +175,7 @@ def test_the_tile_of_16_may_be_known_from_before() -> None:
 def test_a_decoder_is_tuned_within_the_budget_and_defaults_fill_what_is_left(compile_s: float) -> None:
     made = plan(128)
     bench = FakeBench(preferring(1), compile_s=compile_s)
-    choices = measured(made, made.settings, {}, bench, SHARED_BYTES, budget=BUDGET_S, batch=32, clock=bench.clock)
+    choices = measured(made, made.settings, {}, bench, CHIP, budget=BUDGET_S, batch=32, clock=bench.clock)
     assert bench.now <= BUDGET_S
     assert choices.keys() == made.settings.keys()
     for product, choice in choices.items():

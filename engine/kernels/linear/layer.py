@@ -14,8 +14,8 @@ from engine.kernels.launcher import Launcher
 from engine.kernels.linear.gemm import gemm
 from engine.kernels.linear.gemv import gemv
 from engine.kernels.norm import normalise_rows, quantise_rows
-from engine.kernels.pointer import Tensor
-from engine.kernels.tiles import MOST_ROWS, Kernel, Tiles
+from engine.kernels.pointer import Tensor, Tiled
+from engine.kernels.tiles import MOST_ROWS, GemmTile, Kernel, Tiles
 from engine.kernels.workspace import TICKETS, Workspace, bytes_of
 
 Norm = Literal["none", "rms", "layer"]
@@ -56,7 +56,9 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A launch but for its tensors; parts: 32-bit words that the programs of split tiles leave to each other."""
+    """A launch but for its tensors; parts: 32-bit words that the programs of split tiles leave to each other; bulk: the
+    tile whose operands the copy engine brings.
+    """
 
     kernel: Kernel
     width: int
@@ -64,6 +66,7 @@ class Plan(NamedTuple):
     constants: tuple[Hashable, ...]
     options: tuple[tuple[str, int], ...]
     parts: int
+    bulk: GemmTile | None = None
 
 
 class Int8Linear:
@@ -114,7 +117,8 @@ class Int8Linear:
             if plan.parts:
                 sums = torch.float32 if row_scale is None else torch.int32
                 parts, tickets = self._workspace.take((plan.parts,), sums), self._workspace.tickets
-            pointers = (values, row_scale, weight, scale, bias, residual, y, parts, tickets)
+            operands = (values, weight) if plan.bulk is None else _tiled(values, weight, plan.bulk)
+            pointers = (operands[0], row_scale, operands[1], scale, bias, residual, y, parts, tickets)
             self._gemm(plan.grid, pointers, (rows,), plan.constants, plan.options)
 
     @staticmethod
@@ -171,9 +175,18 @@ def plan_of(parameters: LinearParameters, tiles: Tiles, rows: int, n: int, k: in
         kernel,
         width,
         (programs, tile.splits, 1),
-        (n, k, parameters.activation, tile.outputs, tile.tokens, tile.depth, tile.splits, tile.ahead),
+        (n, k, parameters.activation, tile.outputs, tile.tokens, tile.depth, tile.splits, tile.ahead, tile.bulk),
         (("num_warps", tile.warps), ("num_stages", tile.stages)),
         parts if tile.splits > 1 else 0,
+        tile if tile.bulk else None,
+    )
+
+
+def _tiled(values: Tensor, weight: Tensor, tile: GemmTile) -> tuple[Tiled, Tiled]:
+    (rows, k), n = values.shape, weight.shape[0]
+    return (
+        Tiled(values, (rows, k), (k, 1), [tile.tokens, tile.depth]),
+        Tiled(weight, (n, k), (k, 1), [tile.outputs, tile.depth]),
     )
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.compiled import keyed
 from engine.kernels.pointer import Tensor
 
 _WARPS = 4
 
 
+@keyed
 @triton.jit
 def embed_tokens(
     ids: tl.tensor,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.compiled import keyed
 from engine.kernels.rows import CHUNK
 
 
+@keyed
 @triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["rows", "masks"])
 def forbid_tokens(
     logits: tl.tensor,

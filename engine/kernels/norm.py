@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import Activation, activate
+from engine.kernels.compiled import keyed
 from engine.kernels.launcher import Launcher
 from engine.kernels.overlap import BESIDE as _BESIDE
 from engine.kernels.overlap import let_next_begin, wait_for_last
@@ -289,6 +290,7 @@ def _store(
         tl.store(target + first + columns, value, mask=inside & (columns < WIDTH))
 
 
+@keyed
 @triton.jit(do_not_specialize=["count"])
 def _normalised_rows(
     x: tl.tensor,
@@ -342,6 +344,7 @@ def _normalised_rows(
     _store(out, first, inside, values, WIDTH, COLUMNS)
 
 
+@keyed
 @triton.jit(do_not_specialize=["count"])
 def _activated_rows(
     x: tl.tensor,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.compiled import keyed
 from engine.kernels.rows import (
     CHUNK,
     DRAWN,
@@ -65,6 +66,7 @@ def work_of(vocab: int, short: int) -> int:
     return int(3 * span_of(vocab) + groups_of(vocab) + short + short * GROUP.value)
 
 
+@keyed
 @triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["slots"])
 def scan_chunks(
     logits: tl.tensor,
@@ -255,6 +257,7 @@ def _draw_from_chunks(
     return chunk * CHUNK + _locate(weights, tl.minimum(tl.maximum(left, 0.0), 1.0), CHUNK)
 
 
+@keyed
 @triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["slots"])
 def choose_tokens(
     logits: tl.tensor,

@@ -44,3 +44,15 @@ def test_a_storage_that_cannot_be_written_leaves_tritons_own_folder(tmp_path: Pa
     (tmp_path / "storage").write_bytes(b"")
     compile_in(tmp_path / "storage" / "compiled", TRITON_HOME=str(tmp_path))
     assert any((tmp_path / ".triton" / "cache").rglob("*.cubin"))
+
+
+@pytest.mark.parametrize("first", ["engine.kernels.linear.gemv.gemv", "engine.kernels.norm._normalised_rows"])
+def test_a_kernels_key_does_not_depend_on_which_was_launched_first(first: str) -> None:
+    module, name = first.rsplit(".", 1)
+    print_key = "from engine.kernels.linear.gemm import gemm; print(gemm.cache_key)"
+    keys = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for code in (print_key, f"from {module} import {name} as first; first.cache_key; {print_key}")
+    ]
+    assert len(keys[0].strip()) == 64
+    assert keys[0] == keys[1]

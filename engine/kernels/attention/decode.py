@@ -36,6 +36,7 @@ from triton import knobs
 from engine.kernels.attention.heads import angles, to_int8, to_whole, turned
 from engine.kernels.attention.merge import leave, merged, merged_channels, merged_rows
 from engine.kernels.attention.parameters import ROWS as _ROWS
+from engine.kernels.compiled import keyed
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
 ROWS = tl.constexpr(_ROWS)
@@ -126,6 +127,7 @@ def _repeated(x: tl.tensor) -> tl.tensor:
     return all_rows
 
 
+@keyed
 @triton.jit(do_not_specialize=["columns", "least"], do_not_specialize_on_alignment=["past", "block_table", "positions"])
 def decode_attention(
     qkv: tl.tensor,

@@ -24,6 +24,7 @@ import triton.language as tl
 from triton import knobs
 
 from engine.kernels.activation import activate
+from engine.kernels.compiled import keyed
 from engine.kernels.linear.epilogue import EARLY_SUMS, EARLY_TOKENS, ask_columns, read_residual, scaled
 from engine.kernels.overlap import BESIDE as _BESIDE
 from engine.kernels.overlap import let_next_begin, wait_for_last
@@ -200,6 +201,7 @@ def _finish(
     tl.store(y + places, value.to(y.dtype.element_ty), mask=inside)
 
 
+@keyed
 @triton.jit(do_not_specialize=["rows"])
 def gemm(
     x: tl.tensor,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import activate
+from engine.kernels.compiled import keyed
 from engine.kernels.linear.epilogue import ask_columns
 from engine.kernels.overlap import let_next_begin, wait_for_last
 
@@ -146,6 +147,7 @@ def _add(
     return square, totals
 
 
+@keyed
 @triton.jit(do_not_specialize=["rows"])
 def gemv(
     x: tl.tensor,

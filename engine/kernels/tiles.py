@@ -136,6 +136,8 @@ def default_gemm(wanted: Product, *, bulk: bool = False) -> GemmTile:
             return GemmTile(128, max(16, wanted.rows), LONG, 1, 8, 3)
         if not wide:
             return _default_of_narrow(wanted)
+    if wanted.kernel == "int8" and wanted.rows <= BESIDE and wanted.k % LONG == 0 and wanted.k >= 8 * LONG:
+        return GemmTile(64, max(16, wanted.rows), LONG, 1, 4, 4)  # of gate and up
     if wanted.rows <= FEW_ROWS:
         outputs = 128 if wanted.width >= 256 * MULTIPROCESSORS and not wanted.gate else 64
         tokens = max(16, wanted.rows)
@@ -153,7 +155,7 @@ def _default_of_narrow(wanted: Product) -> GemmTile:
     """Long steps, and splits only where a program would have many: to add them up, more so of many tokens, takes longer
     than to leave some multiprocessors idle.
     """
-    deep = _cdiv(wanted.k, 6 * LONG)  # splits of as many steps as are worth it
+    deep = _cdiv(wanted.k, 8 * LONG)  # splits of as many steps as are worth it
     tokens = min(max(16, wanted.rows), FEW_ROWS if deep > 1 else FEW_ROWS // 2)
     tile = GemmTile(64, tokens, LONG, 1, 4, 3 if tokens > 64 else 4)
     return _split(tile, wanted, min(MULTIPROCESSORS, deep * tile.tiles(wanted.rows, wanted.width)))

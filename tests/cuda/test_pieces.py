@@ -82,6 +82,17 @@ def test_what_is_captured_is_what_runs_later() -> None:
     assert set(session.ran) == captured
 
 
+def test_every_graph_that_is_captured_is_some_pieces() -> None:
+    pieces, session = opened(OUR_SIZES, step_tokens=2100)
+    pieces.capture()
+    captured = set(session.ran)
+    session.ran.clear()
+    for longest in (512, 1024, 2048):
+        for tokens in (least for least in (1, 64, 128, 256, 528, 1040) if least <= longest):
+            pieces.run(piece(tokens, longest - tokens))
+    assert set(session.ran) == captured
+
+
 def test_no_graph_is_larger_than_a_step() -> None:
     pieces, _ = opened(OUR_SIZES, step_tokens=1025)  # of one sequence at a time
     assert pieces.takes(piece(527))

@@ -85,6 +85,9 @@ def test_a_gemv_compiles_to_wide_loads_and_spills_nothing(
         ("float", 16, 1536, 8960, "none"),
         ("float", 128, 151936, 1536, "none"),
         ("float", 2048, 17920, 1536, "silu_gate"),
+        ("int8", 16, 12288, 2048, "silu_gate"),
+        ("int8", 32, 12288, 2048, "silu_gate"),
+        ("int8", 32, 4096, 2048, "none"),
         ("int8", 2048, 5120, 1280, "quick_gelu"),  # of towers, as the next
         ("int8", 2048, 4304, 1152, "gelu_tanh"),
         ("int8", 2048, 1152, 4304, "none"),

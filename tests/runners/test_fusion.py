@@ -101,6 +101,7 @@ def test_kernels_that_cannot_be_compiled_are_not_tuned(opening: Opening, monkeyp
         ("auto", "int8", (8, 6), STOCK),
         ("auto", "bf16", (9, 0), Fusion(linear=False, attention=True)),
         ("auto", "fp16", (8, 9), STOCK),
+        ("on", "int8", (9, 0), BOTH),
         ("on", "bf16", (8, 6), Fusion(linear=False, attention=True)),
         ("on", "fp32", (9, 0), STOCK),
         ("off", "int8", (9, 0), STOCK),
@@ -116,4 +117,4 @@ def test_auto_takes_our_operators_where_they_were_measured(
     for kind, few_rows in ((SiglipSpec, False), (QwenVisionSpec, True)):
         artifact.spec.vision = object.__new__(kind)
         with_tower = wanted_fusion(artifact, config, torch.device("cuda", 0))
-        assert with_tower == replace(wanted, tower=wanted.linear and not few_rows)
+        assert with_tower == replace(wanted, tower=wanted.linear and setting == "on" and not few_rows)

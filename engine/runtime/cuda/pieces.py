@@ -102,10 +102,12 @@ class CapturedPieces:
         del self._session, self._bind
 
     def _all(self) -> Iterator[tuple[int, int]]:
-        """The largest first, as with decode steps."""
+        """The largest first, as with decode steps; none of which every piece has more tokens than the context."""
+        shorter = (0, *self._sizes)
         for context in reversed(self._contexts):
-            for size in reversed(self._sizes):
-                yield context, size
+            for least, size in reversed([*zip(shorter, self._sizes, strict=False)]):
+                if least <= context:
+                    yield context, size
 
     def _graph(self, tokens: int, longest: int) -> _Graph:
         size = self._sizes[bisect.bisect_right(self._sizes, tokens)]

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Register = Callable[[Any], None]
 """Makes operators known to an onnxruntime.SessionOptions."""
 
-_MEASURED = (9, 0)  # compute capability, and newer ones
+_MEASURED = 9  # compute capability
 FOLDER = "kernels"  # of the storage folder
 _COMPILED = "compiled"  # of that
 
@@ -65,7 +65,7 @@ def wanted_fusion(artifact: Artifact, config: EngineConfig, device: torch.device
 
 
 def _is_measured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _MEASURED
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _MEASURED
 
 
 def open_fusion(
@@ -107,11 +107,13 @@ def _operators(
     *,
     tune: bool,
 ) -> Register:
-    """Raises KernelsUnavailable where there is no C compiler, no Triton, or an untested ONNX Runtime."""
+    """Raises KernelsUnavailable where there is no C compiler, no Triton, an untested ONNX Runtime, or a GPU whose
+    programs have too little memory of their own.
+    """
     try:
         from engine.kernels import bridge, operators, tuning
         from engine.kernels.compiled import keep_compiled
-        from engine.kernels.tiles import Tiles
+        from engine.kernels.tiles import LEAST_SHARED_BYTES, Tiles
         from engine.kernels.workspace import Workspace
         from engine.runners.tower_parts import tower_parts
     except ImportError as error:
@@ -119,7 +121,14 @@ def _operators(
     folder = config.storage / FOLDER
     if reason := bridge.unavailable(folder):
         raise KernelsUnavailable(reason)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if shared_bytes < LEAST_SHARED_BYTES:
+        raise KernelsUnavailable(
+            f"the fused kernels need {LEAST_SHARED_BYTES >> 10} KiB of shared memory a program, as A100 and H100 have; "
+            f"{properties.name} has {shared_bytes >> 10}"
+        )
+    multiprocessors = properties.multi_processor_count
     keep_compiled(folder / _COMPILED)
     operators.try_out(operators.Device(dtype, Workspace(0, device), Tiles(), multiprocessors))
     spec, parts = model.decoder, tower_parts(tower, model.vision)

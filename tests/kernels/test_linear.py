@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.kernels.tiles import (
+    LEAST_SHARED_BYTES,
     SHARED_BYTES,
     GemmTile,
     GemvTile,
@@ -24,7 +25,7 @@ from tests.kernels.triton_tests import assert_no_spills, compiled, run_cases
 pytest.importorskip("triton")
 CASES = Path(__file__).with_name("linear_cases.py")
 CHIPS = [("fp16", 80), ("bf16", 90)]  # the type, and the compute capability
-SHARED = {80: 163 * 1024, 90: SHARED_BYTES}
+SHARED = {80: LEAST_SHARED_BYTES, 90: SHARED_BYTES}
 
 
 def test_interpreted_kernels_agree_with_float64() -> None:

@@ -31,6 +31,9 @@ class Opening:
         self.storage = storage
         self.events: list[str] = []
         self.tuned: dict[str, Any] = {}
+        self.properties = SimpleNamespace(
+            name="H100", multi_processor_count=132, shared_memory_per_block_optin=227 * 1024
+        )
 
     def __call__(self, precision: str = "int8", parts: Parts | None = None) -> Fusion:
         artifact: Any = SimpleNamespace(spec=SimpleNamespace(decoder=QWEN2_VL_2B, vision=None), precision=precision)
@@ -55,8 +58,7 @@ class Opening:
 @pytest.fixture
 def opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opening:
     made = Opening(tmp_path)
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: made.properties)
     monkeypatch.setattr(bridge, "unavailable", lambda folder: None)
     monkeypatch.setattr(operators, "try_out", made.try_out)
     monkeypatch.setattr("engine.kernels.compiled.keep_compiled", made.keep_compiled)
@@ -94,6 +96,16 @@ def test_kernels_that_cannot_be_compiled_are_not_tuned(opening: Opening, monkeyp
     assert "tune" not in opening.events
 
 
+def test_a_gpu_whose_programs_have_too_little_memory_runs_without(
+    opening: Opening, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening.properties.name, opening.properties.shared_memory_per_block_optin = "RTX 5090", 99 * 1024
+    assert opening() == STOCK
+    assert opening.events == []
+    assert "need 163 KiB of shared memory a program" in caplog.text
+    assert "RTX 5090 has 99" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("setting", "precision", "capability", "wanted"),
     [
@@ -101,6 +113,7 @@ def test_kernels_that_cannot_be_compiled_are_not_tuned(opening: Opening, monkeyp
         ("auto", "int8", (8, 6), STOCK),
         ("auto", "bf16", (9, 0), Fusion(linear=False, attention=True)),
         ("auto", "fp16", (8, 9), STOCK),
+        ("auto", "int8", (12, 0), STOCK),
         ("on", "int8", (9, 0), BOTH),
         ("on", "bf16", (8, 6), Fusion(linear=False, attention=True)),
         ("on", "fp32", (9, 0), STOCK),

@@ -20,7 +20,7 @@ from cli.top import NoEngine, scrape
 from engine.catalog import BUNDLED, known_models, models_folder
 from engine.check import COMPILERS, FREE_SPACE_MIB
 from engine.config import EngineConfig
-from engine.device import LIBRARIES, Devices, driver_cuda, machine_probe, resolve_precision
+from engine.device import LIBRARIES, Devices, driver_cuda, machine_probe, precision_for, resolve_precision
 from engine.errors import DeviceUnavailable, EngineError, KernelsUnavailable
 from engine.metrics import HOST
 from engine.storage import open_storage
@@ -131,7 +131,7 @@ def models(config: EngineConfig, devices: Devices) -> Iterator[Finding | str]:
     for name, folder in sorted(known_models(config.storage).items()):
         try:
             spec = Checkpoint.open(folder).spec
-            kept = resolve_precision(config, devices, spec.dtype)
+            kept = precision_for(config, devices, spec)
         except (EngineError, OSError) as problem:
             yield Finding("models", f"{name}: {problem}", ok=False)
             continue

@@ -17,7 +17,7 @@ from cli.settings import settings_from
 from engine.catalog import find_checkpoint, known_models, models_folder
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
-from engine.device import resolve, resolve_precision
+from engine.device import precision_for, resolve
 from engine.errors import ContextOverflow, EngineError
 from engine.prompts.tokenizer import Tokenizer
 from engine.runtime.decoder import Decoder
@@ -100,9 +100,7 @@ def _measure(
     arguments: argparse.Namespace, checkpoint: Checkpoint, config: EngineConfig, pieces: list[Tokens]
 ) -> Measured:
     devices = resolve(config)
-    precision = resolve_precision(
-        config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
-    )
+    precision = precision_for(config, devices, checkpoint.spec)
     artifact = open_artifact(checkpoint, precision, config.storage)
     started = time.monotonic()
     if devices.gpus:

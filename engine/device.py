@@ -16,7 +16,7 @@ from typing import Protocol
 
 from engine.config import EngineConfig, PrecisionSetting, require_cpu_precision
 from engine.errors import DeviceUnavailable, InvalidConfig
-from engine.spec import FloatType, Precision
+from engine.spec import FloatType, ModelSpec, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,11 @@ def resolve_precision(
     if chosen == "auto":
         return "bf16" if dtype == "bfloat16" and not old else "fp16"
     return chosen
+
+
+def precision_for(config: EngineConfig, devices: Devices, spec: ModelSpec) -> Precision:
+    """What a model runs in. Raises as `resolve_precision` does."""
+    return resolve_precision(config, devices, spec.dtype, wide_activations=spec.wide_activations)
 
 
 def require_wide(precision: PrecisionSetting) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Artifact, Checkpoint, open_artifact
 from engine.config import EngineConfig
-from engine.device import Devices, resolve_precision
+from engine.device import Devices, precision_for
 from engine.errors import InvalidRequest
 from engine.loop import StepLoop
 from engine.preprocess import (
@@ -152,10 +152,7 @@ def load_model(
     Raises ModelUnavailable's children, StorageError, InvalidConfig or DeviceOutOfMemory.
     """
     checkpoint = Checkpoint.open(find_checkpoint(name, config.storage))
-    precision = resolve_precision(
-        config, devices, checkpoint.spec.dtype, wide_activations=checkpoint.spec.wide_activations
-    )
-    artifact = open_artifact(checkpoint, precision, config.storage)
+    artifact = open_artifact(checkpoint, precision_for(config, devices, checkpoint.spec), config.storage)
     spec = artifact.spec
     prompts = PromptBuilder(checkpoint.folder, spec)
     images = image_processor(checkpoint.folder, spec) if spec.vision else None

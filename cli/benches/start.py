@@ -20,7 +20,7 @@ from cli.settings import settings_from
 from engine.catalog import find_checkpoint
 from engine.checkpoints import Checkpoint, float_inputs, open_artifact
 from engine.config import EngineConfig
-from engine.device import resolve, resolve_precision
+from engine.device import precision_for, resolve
 
 COLUMNS = (("seconds", "seconds"), ("load s", "load_s"), ("answer s", "answer_s"), ("numerics", "numerics"))
 _START = """
@@ -63,8 +63,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 def _convert(name: str, settings: dict[str, str], storage: Path) -> Row:
     """And forget which of its layers read 16-bit activations, which a first start measures."""
     config, checkpoint = EngineConfig.from_mapping(settings), Checkpoint.open(find_checkpoint(name, storage))
-    wide = checkpoint.spec.wide_activations
-    precision = resolve_precision(config, resolve(config), checkpoint.spec.dtype, wide_activations=wide)
+    precision = precision_for(config, resolve(config), checkpoint.spec)
     started = time.perf_counter()
     artifact = open_artifact(checkpoint, precision, storage)
     for file in (float_inputs.FILE, float_inputs.TOWER_FILE):

@@ -7,13 +7,16 @@ import json
 import shutil
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cli import checks, doctor
 from cli.memory import Entry
 from engine import device
+from engine.checkpoints import Checkpoint
 from engine.config import EngineConfig
 from engine.device import Devices, Gpu
 from engine.errors import KernelsUnavailable
@@ -131,6 +134,14 @@ def test_models_are_listed_with_their_sizes_and_a_folder_that_is_none_says_why(
     assert "config.json" in half
     sizes = [int(line.split(",")[1].split()[0]) for line in (demo, mine)]
     assert sizes[1] - sizes[0] in (4, 5, 6)
+
+
+def test_a_model_whose_activations_need_bfloat16_runs_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(Checkpoint.open(ROOT / "demo").spec, wide_activations=True)
+    monkeypatch.setattr(Checkpoint, "open", lambda folder: SimpleNamespace(spec=spec))
+    h100 = Gpu(0, "H100", (9, 0), 80 << 30, 80 << 30)
+    demo, _ = checks.models(EngineConfig(storage=tmp_path), Devices((h100,)))
+    assert str(demo).endswith("runs in bf16")
 
 
 @pytest.mark.usefixtures("quick")

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from engine import device
 from engine.config import EngineConfig, PrecisionSetting
-from engine.device import Devices, Gpu, Probe, memory_budget, resolve, resolve_precision
+from engine.device import Devices, Gpu, Probe, memory_budget, precision_for, resolve, resolve_precision
 from engine.errors import DeviceUnavailable, InvalidConfig
 from engine.spec import FloatType
 
@@ -254,7 +256,8 @@ def test_activations_too_large_for_float16_get_bfloat16(
     asked: PrecisionSetting, gpus: tuple[Gpu, ...], precision: str
 ) -> None:
     config = EngineConfig(precision=asked)
-    assert resolve_precision(config, Devices(gpus), "float16", wide_activations=True) == precision
+    spec: Any = SimpleNamespace(dtype="float16", wide_activations=True)
+    assert precision_for(config, Devices(gpus), spec) == precision
 
 
 def test_float16_is_refused_where_it_does_not_hold_the_activations() -> None:

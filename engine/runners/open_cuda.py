@@ -177,6 +177,7 @@ def _decoder_opener(
         step_tokens=sizes.step_tokens,
         paged=sessions.paged,
         pieces=sessions.pieces,
+        in_parts=sessions.fusion.linear,  # whose steps take the host longer than the device
         cache_scales=sessions.cache_scales,
         decoding=sessions.decoding,
         mutual=sessions.mutual,

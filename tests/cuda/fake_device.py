@@ -42,6 +42,7 @@ class FakeGpu:
     fusion: Fusion = STOCK
     copies: int = 4  # of states of linear attention
     paged: bool = True  # PagedAttention, which here takes fp32 as well
+    in_parts: bool = False
     sessions: list[ReferenceSession] = field(default_factory=list)
     decoding: list[ReferenceSession] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
@@ -73,6 +74,7 @@ class FakeGpu:
             step_tokens=self.prefill_tokens + slots,
             paged=self.paged,
             decoding=decoding,
+            in_parts=self.in_parts,
             mutual=_session(make_graph(mutual=True), weights) if spec.decoder.mutual_images else None,
         )
         decoder.capture()

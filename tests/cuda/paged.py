@@ -62,6 +62,7 @@ class Paged:
         open_decoding: Callable[[CudaGraph, dict[str, torch.Tensor], Path], GraphSession] | None = None,
         device: torch.device = CPU,
         block: int = BLOCK,
+        in_parts: bool = False,
     ) -> None:
         """`scales` are those of an int8 cache; `open_decoding` opens the session of a graph for decode steps alone."""
         artifact = tiny.artifact(precision)
@@ -98,6 +99,7 @@ class Paged:
             context_length=CONTEXT,
             step_tokens=STEP_TOKENS,
             paged=paged,
+            in_parts=in_parts,
             cache_scales=scales,
             decoding=decoding,
             mutual=self._open(make_graph(mutual=True), on_device) if tiny.spec.decoder.mutual_images else None,

@@ -89,6 +89,18 @@ def test_requests_together_give_the_tokens_that_each_gives_alone(on_gpu: StartOn
     assert max(rows) >= 6
 
 
+@pytest.mark.parametrize("model", ["tiny-smolvlm", "tiny-qwen2-vl"])
+def test_steps_that_run_in_parts_give_the_same_tokens(on_gpu: StartOnGpu, model: str) -> None:
+    requests = mixed_requests(10, model, sizes=SIZES[model])
+    answers, eager = [], []
+    for in_parts in (False, True):
+        fake = FakeGpu(blocks=256, prefill_tokens=60, in_parts=in_parts)
+        answers.append(together(on_gpu(fake), requests))
+        eager.append(fake.sessions[0].runs.count(None))
+    assert answers[0] == answers[1]
+    assert eager[1] < eager[0] / 2, "operator by operator"
+
+
 def _decode_rows(runner: Any) -> list[int]:
     """From now on, how many sequences decode in each step."""
     rows: list[int] = []

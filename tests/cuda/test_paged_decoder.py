@@ -110,6 +110,18 @@ def test_a_piece_from_a_captured_graph_gives_the_references_logits(tiny_mrope: T
     assert relative_error(after, case.logits[stop : stop + 1]) < 1e-2
 
 
+def test_a_step_in_parts_gives_the_references_logits(tiny_mrope: Tiny) -> None:
+    """Image and text, chunks and decoding rows, slots in any order."""
+    paged = Paged(tiny_mrope, "fp16", "float16", in_parts=True)
+    paged.decoder.capture()
+    session = paged.session
+    assert isinstance(session, ReferenceSession)
+    session.runs.clear()
+    assert _mixed_steps(tiny_mrope, paged) < 1e-2
+    assert session.runs, "pieces"
+    assert None not in session.runs, "all of them captured"
+
+
 def test_decode_steps_go_on_without_being_told_anything_anew(tiny_mrope: Tiny) -> None:
     case, other = tiny_mrope.case, tiny_mrope.text_case(60, 3)
     paged, plain = (Paged(tiny_mrope, "fp16", "float16") for _ in range(2))

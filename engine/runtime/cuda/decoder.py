@@ -10,6 +10,7 @@ import torch
 
 from engine.graphs.cuda import PARTS, StepInputs
 from engine.runtime.cuda.buckets import Bucket, Buckets
+from engine.runtime.cuda.parts import StepPart, parts_of
 from engine.runtime.cuda.pieces import SIZES, CapturedPieces
 from engine.runtime.cuda.session import Binding, GraphSession
 from engine.runtime.cuda.states import DeltaNetStates
@@ -55,13 +56,15 @@ class PagedDecoder:
         step_tokens: int,
         paged: bool = True,
         pieces: Sequence[int] = SIZES,
+        in_parts: bool = False,
         cache_scales: Mapping[str, torch.Tensor] | None = None,
         decoding: GraphSession | None = None,
         mutual: GraphSession | None = None,
         states: DeltaNetStates | None = None,
     ) -> None:
         """`blocks` counts block 0; `step_tokens` is the most new tokens of one call; `paged` as the graph was made.
-        Prompts' pieces of the sizes `pieces` are captured. `cache_scales` are the inputs `StepInputs.cache_scale` of a
+        Prompts' pieces of the sizes `pieces` are captured; `in_parts` runs steps of several sequences from those graphs
+        as well. `cache_scales` are the inputs `StepInputs.cache_scale` of a
         graph with int8 caches. `decoding` runs the captured steps, in a graph for decoding; `mutual` those steps, where
         the model has any. `states` are those that linear attention needs, made here unless they are given.
 
@@ -100,6 +103,9 @@ class PagedDecoder:
         self._packed_bindings: dict[GraphSession, Binding] = {}
         self._piece_sizes = pieces
         self._pieces: CapturedPieces | None = None  # once they are captured
+        self._joined: Result | None = None
+        if in_parts:
+            self._joined = torch.zeros_like(self._logits), torch.zeros(slots, dtype=torch.int32, device=device)
         self._context_length = context_length
         self._graphs = {bucket: number for number, bucket in enumerate(self.buckets, 1)}
 
@@ -121,7 +127,17 @@ class PagedDecoder:
             return self._decode(step)
         if self._pieces is not None and self._pieces.takes(step):
             return self._logits[: len(step.slots)], self._pieces.run(step)
+        if self._pieces is not None and self._joined is not None and (parts := parts_of(step, self._pieces.takes)):
+            return self._in_parts(parts, self._joined, len(step.slots))
         return self._packed(step)
+
+    def _in_parts(self, parts: Sequence[StepPart], joined: Result, rows: int) -> Result:
+        """Each from its graph; all of these write the first rows of the same logits, so these are copied away."""
+        for part, first in parts:
+            for whole, given in zip(joined, self.run(part), strict=True):
+                whole[first : first + len(given)].copy_(given)
+        self._last = None  # not a step that could go on
+        return joined[0][:rows], joined[1][:rows]
 
     def go_on(self) -> Result | None:
         """Enqueue the last step again, with each of its sequences a token further.

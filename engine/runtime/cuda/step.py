@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 4  # int32 values: 16 bytes, so that kernels may read four at a time
-_RING = 3  # one that is being filled, one that is being copied, one to spare
+_MOST_UPLOADS = 5  # of a step that runs in parts (parts.py)
+_RING = 2 * _MOST_UPLOADS + 1  # those of a step that is begun, those of the step before, one to spare
 
 Int32 = NDArray[np.int32]
 

@@ -37,31 +37,16 @@ class Launcher:
         options: tuple[tuple[str, int], ...],
     ) -> None:
         """options: num_warps, num_stages and the like. Whatever the arguments, the launch is on the current stream."""
-        addresses = [_address(pointer) for pointer in pointers]
-        types = tuple([_type(pointer) for pointer in pointers])
-        key = (constants, options, types)
-        aligned = not any(isinstance(address, int) and address % ALIGNED for address in addresses)
+        addresses = [one if one is None or isinstance(one, Tiled) else one.data_ptr() for one in pointers]
+        key = (constants, options, tuple([None if one is None else one.dtype for one in pointers]))
+        aligned = not any(address % ALIGNED for address in addresses if isinstance(address, int))
         compiled = self._compiled.get(key) if aligned else None
         if compiled is not None:
             compiled[grid](*addresses, *integers, *constants, self._early)
             return
         overlaps = early()
         chosen = dict(options) | launch_options(early=overlaps)
-        described = [_described(pointer) if isinstance(pointer, Tiled) else pointer for pointer in pointers]
+        described = [TensorDescriptor(*one) if isinstance(one, Tiled) else one for one in pointers]
         compiled = self._kernel[grid](*described, *integers, *constants, overlaps, **chosen)
         if aligned:
             self._compiled[key], self._early = compiled, overlaps  # None from Triton's interpreter
-
-
-def _address(pointer: Tensor | Tiled | None) -> int | Tiled | None:
-    """What a compiled kernel is launched with."""
-    return pointer if pointer is None or isinstance(pointer, Tiled) else pointer.data_ptr()
-
-
-def _type(pointer: Tensor | Tiled | None) -> Hashable:
-    """Tiles are constants of their kernels."""
-    return None if pointer is None else pointer.base.dtype if isinstance(pointer, Tiled) else pointer.dtype
-
-
-def _described(matrix: Tiled) -> TensorDescriptor:
-    return TensorDescriptor(*matrix)

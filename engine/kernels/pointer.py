@@ -34,3 +34,7 @@ class Tiled(NamedTuple):
     strides: tuple[int, int]
     block_shape: list[int]
     padding: str = "zero"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
